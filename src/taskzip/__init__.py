@@ -1,0 +1,21 @@
+"""taskzip: merge trained networks, after training, into one network that does every task (Multi-Task Zipping)."""
+
+from taskzip.errors import CheckpointError, GraphError, InputError, TaskzipError
+from taskzip.plan import Threshold
+from taskzip.task import Task
+from taskzip.zipped import ZippedModel
+from taskzip.zipping import zip_tasks as zip  # noqa: A004  (the verb of the library)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "GraphError",
+    "InputError",
+    "Task",
+    "TaskzipError",
+    "Threshold",
+    "ZippedModel",
+    "__version__",
+    "zip",
+]

@@ -1,0 +1,158 @@
+"""What the analysis found: the layers of a network, and the spaces of units that may be re-ordered.
+
+A *space* is a set of units that may change places among each other, together with every axis of every tensor on which they
+lie: the rows of the layer that computes them, the columns of all that read them, batch-norm and so on (design 2.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from taskzip.graph._units import Ids
+
+
+@dataclass(frozen=True)
+class BatchNormNames:
+    """The tensors of a batch-norm that directly follows a layer, and its epsilon."""
+
+    mean: str
+    variance: str
+    eps: float
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One weight that a linear layer or a convolution reads.
+
+    Attributes:
+        name: the name of the weight without ".weight".
+        weight, bias: names of the parameters.
+        kind: "linear", "conv1d", "conv2d" or "conv3d".
+        units, inputs: rows and columns of the weight (for a convolution: kernels and input channels).
+        kernel: the taps, `()` for a linear layer.
+        calls: how many times one forward pass uses the weight.
+        space: index of the space that its rows are, or None where they cannot move.
+        columns: per input, the unit that it reads, or None where the inputs are in a fixed order.
+        reads_input: whether its inputs are those of the network, in a fixed order.
+        pinned: why the rows cannot be shared, or "".
+        solvable: whether a unit reads all inputs, so that least squares can solve for its weights.
+        batch_norm: the batch-norm that is all that reads this layer, if any.
+    """
+
+    name: str
+    weight: str
+    bias: str | None
+    kind: str
+    units: int
+    inputs: int
+    kernel: tuple[int, ...]
+    calls: int
+    space: int | None
+    columns: Ids | None
+    reads_input: bool
+    pinned: str
+    solvable: bool = True
+    batch_norm: BatchNormNames | None = None
+
+    @property
+    def taps(self) -> int:
+        """Weights per input: k * k for a k x k kernel, 1 for a linear layer."""
+        return int(np.prod(self.kernel, dtype=int))
+
+
+@dataclass(frozen=True)
+class Space:
+    """Units that may change places: their ids, in the order in which they lie at present."""
+
+    units: Ids
+
+    def positions(self, ids: Ids) -> np.ndarray:
+        """Where the units lie along an axis: [units, times each unit occurs], empty where they do not."""
+        slot_of = {unit: slot for slot, unit in enumerate(self.units.tolist())}
+        slots = np.array([slot_of.get(unit, -1) for unit in ids.tolist()])
+        here = np.flatnonzero(slots >= 0)
+        return here[np.argsort(slots[here], kind="stable")].reshape(len(self.units), -1)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The layers of a network in the order in which they run, its spaces, and the axes of its tensors.
+
+    Attributes:
+        axes: per parameter or buffer, per axis, the unit of each index or None.
+    """
+
+    layers: tuple[Layer, ...]
+    spaces: tuple[Space, ...]
+    axes: dict[str, tuple[Ids | None, ...]] = field(repr=False)
+
+    def layer(self, name: str) -> Layer:
+        """The layer of that name."""
+        return next(layer for layer in self.layers if layer.name == name)
+
+    def space_of(self, columns: Ids) -> np.ndarray:
+        """Per column, the space that it reads, or -1 for a unit that never moves."""
+        owner = {unit: index for index, space in enumerate(self.spaces) for unit in space.units.tolist()}
+        return np.array([owner.get(unit, -1) for unit in columns.tolist()], dtype=np.int64)
+
+    def reorder(self, model: nn.Module, space: int, order: Sequence[int] | np.ndarray) -> None:
+        """Put unit `order[k]` of a space into place k, in every tensor of `model` on which the space lies."""
+        tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+        for name, axes in self.axes.items():
+            if name not in tensors:
+                continue
+            for dim, ids in enumerate(axes):
+                positions = self.spaces[space].positions(ids) if ids is not None else np.empty((0, 0), np.int64)
+                if positions.size:
+                    index = np.arange(len(ids))  # type: ignore[arg-type]
+                    index[positions.ravel()] = positions[np.asarray(order)].ravel()
+                    _permute(tensors[name], dim, index)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=100, record=True, file=_Nowhere())
+        console.print(_table(self))
+        return console.export_text().rstrip()
+
+
+def _permute(tensor: Tensor, dim: int, index: np.ndarray) -> None:
+    tensor.data = tensor.data.index_select(dim, torch.from_numpy(index).to(tensor.device))
+
+
+class _Nowhere:
+    """A file that keeps nothing: the table is recorded, not shown."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+
+def _table(structure: Structure) -> object:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for title in ("layer", "kind", "units", "reads", "space", "shareable"):
+        table.add_column(title, justify="right" if title == "units" else "left", overflow="fold")
+    for layer in structure.layers:
+        kind = layer.kind + (" " + "x".join(map(str, layer.kernel)) if layer.kernel else "")
+        space = "-" if layer.space is None else f"s{layer.space}"
+        table.add_row(layer.name, kind, str(layer.units), _reads(structure, layer), space, layer.pinned or "yes")
+    return table
+
+
+def _reads(structure: Structure, layer: Layer) -> str:
+    if layer.columns is None:
+        return f"{layer.inputs} inputs" if layer.reads_input else f"{layer.inputs} in fixed order"
+    counts = {}
+    for space in structure.space_of(layer.columns).tolist():
+        counts[space] = counts.get(space, 0) + 1
+    return " + ".join(f"{n} of {'fixed' if s < 0 else f's{s}'}" for s, n in counts.items())

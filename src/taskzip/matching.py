@@ -1,0 +1,120 @@
+"""Which unit of task A is paired with which unit of task B: greedy (the paper's), optimal, or random.
+
+All functions take the matrix of functional differences d (eq. 12) and return index pairs; they know nothing of models.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+Matching = Literal["optimal", "greedy", "random"]
+
+
+class Pairs(NamedTuple):
+    """Unit `a[p]` of task A is paired with unit `b[p]` of task B at cost `cost[p]`; sorted by `a`."""
+
+    a: Int[Tensor, " pairs"]
+    b: Int[Tensor, " pairs"]
+    cost: Float[Tensor, " pairs"]
+
+
+def match(
+    difference: Float[Tensor, "a b"],
+    *,
+    count: int | None = None,
+    threshold: float | None = None,
+    method: Matching = "optimal",
+    seed: int = 0,
+) -> Pairs:
+    """Choose pairs of units, each unit in at most one pair.
+
+    Args:
+        difference: d for all pairs (eq. 12), shape [units of A, units of B], no NaN.
+        count: how many pairs; at most min(units of A, units of B), which is also the default.
+        threshold: pair only where d <= threshold (the paper's epsilon_l); may be combined with `count`.
+        method: "optimal" minimises the sum of d over exactly `count` pairs (with a threshold alone: the sum of
+            d - threshold over however many pairs that takes); "greedy" takes the smallest remaining d, pair by pair
+            (Algorithm 1); "random" draws pairs without looking at d.
+        seed: for "random".
+
+    Raises:
+        ValueError: a count outside 0..min(units), an unknown method, or NaN in `difference`.
+    """
+    d = difference.detach().double().cpu().numpy()
+    most = min(d.shape)
+    count = most if count is None else count
+    if not 0 <= count <= most:
+        raise ValueError(f"cannot choose {count} pairs among {d.shape[0]} and {d.shape[1]} units: 0 to {most} is possible")
+    if np.isnan(d).any():
+        raise ValueError("the functional difference has NaN entries: check the weights and the calibration data")
+    if method == "optimal":
+        a, b = _optimal(d, count, threshold)
+    elif method == "greedy":
+        a, b = _greedy(d, count)
+    elif method == "random":
+        a, b = _random(d, count, seed)
+    else:
+        raise ValueError(f"unknown matching {method!r}: choose 'optimal', 'greedy' or 'random'")
+    if threshold is not None:
+        keep = d[a, b] <= threshold
+        a, b = a[keep], b[keep]
+    order = np.argsort(a)
+    a, b = a[order], b[order]
+    on = difference.device
+    return Pairs(torch.from_numpy(a).to(on), torch.from_numpy(b).to(on), torch.from_numpy(d[a, b]).to(on))
+
+
+def _optimal(d: np.ndarray, count: int, threshold: float | None) -> tuple[np.ndarray, np.ndarray]:
+    """Exact minimum-cost matching with `count` pairs, or with as many as stay under the threshold."""
+    rows, columns = d.shape
+    if count == 0:
+        return _no_pairs()
+    if threshold is not None:
+        d = np.minimum(d - threshold, 0.0)  # what a pair gains; pairs above the threshold gain nothing and go later
+    if count == min(d.shape):
+        return linear_sum_assignment(d)
+    # k-cardinality assignment: each real unit left over takes a dummy partner at no cost, and dummies never pair
+    # with each other, so exactly `count` real pairs remain.
+    never = (1.0 + np.abs(d).max()) * 2 * (rows + columns)
+    padded = np.full((rows + columns - count,) * 2, never)
+    padded[:rows, :columns] = d
+    padded[:rows, columns:] = 0.0
+    padded[rows:, :columns] = 0.0
+    a, b = linear_sum_assignment(padded)
+    real = (a < rows) & (b < columns)
+    return a[real], b[real]
+
+
+def _greedy(d: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pair by pair in ascending order of d; equal values in order of (row, column)."""
+    columns = d.shape[1]
+    free_a, free_b = np.ones(d.shape[0], bool), np.ones(columns, bool)
+    a, b = [], []
+    ascending = np.argsort(d, axis=None, kind="stable")
+    step = 16 * max(d.shape)  # candidates already spoken for are dropped a chunk at a time, not one by one
+    for start in range(0, ascending.size, step):
+        i, j = np.divmod(ascending[start : start + step], columns)
+        open_ = free_a[i] & free_b[j]
+        for u, v in zip(i[open_].tolist(), j[open_].tolist(), strict=True):
+            if len(a) < count and free_a[u] and free_b[v]:
+                a.append(u)
+                b.append(v)
+                free_a[u] = free_b[v] = False
+        if len(a) == count:
+            break
+    return np.array(a, dtype=np.int64), np.array(b, dtype=np.int64)
+
+
+def _random(d: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return rng.permutation(d.shape[0])[:count], rng.permutation(d.shape[1])[:count]
+
+
+def _no_pairs() -> tuple[np.ndarray, np.ndarray]:
+    return np.empty(0, np.int64), np.empty(0, np.int64)

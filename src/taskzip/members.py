@@ -1,0 +1,150 @@
+"""A task while it is being zipped: a working copy of its network, what is known of it, and what it shares so far."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from taskzip.errors import GraphError, InputError
+from taskzip.graph import Layer, Structure, analyse
+from taskzip.observation import MaxRows, Observer, evaluating, run_batch
+from taskzip.task import Task
+from taskzip.zipped.blocks import installed
+
+_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3}
+
+
+class Member:
+    """The state of one task between two layers: plain tensors and numbers only, so that it can be saved and resumed.
+
+    Attributes:
+        task: what the caller gave; its model is read, never written.
+        network: the working copy, zipped in place, in eval mode.
+        structure: layers and spaces of the network.
+        samples: how many samples the calibration data hold.
+        shared: per space, the joint layer that computes it and how many of its first units are shared.
+        changed: whether anything upstream may differ from the original network.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self._check_parameters()
+        self.samples = task.check_data()
+        self.network = copy.deepcopy(task.model).eval()
+        self._first_batch = next(task.batches())
+        self.structure = self._analyse()
+        self.shared: dict[int, tuple[str, int]] = {}
+        self.changed = False
+
+    def _check_parameters(self) -> None:
+        for name, tensor in self.task.model.state_dict(keep_vars=True).items():
+            if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+                raise InputError(f"task {self.task.name!r}: parameter {name!r} has no shape yet: run the network once.")
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise InputError(f"task {self.task.name!r}: {name!r} has NaN or infinite values: train or repair the network.")
+
+    def _analyse(self) -> Structure:
+        try:
+            return analyse(self.network, self._first_batch, self.task.run)
+        except GraphError as error:
+            raise GraphError(f"task {self.task.name!r}: {error}") from error
+
+    def check_orders(self, seed: int) -> None:
+        """Re-order every space at random in a copy of the network: it must still give its own outputs.
+
+        Raises:
+            GraphError: it does not, naming the layer whose units were misread.
+        """
+        rng = np.random.default_rng(seed)
+        orders = [rng.permutation(len(space.units)) for space in self.structure.spaces]
+        with evaluating(self.network):
+            wanted = run_batch(self.task, self.network, self._first_batch, 0)
+        if self._agrees(orders, range(len(orders)), wanted):
+            return
+        for space in range(len(orders)):
+            if not self._agrees(orders, [space], wanted):
+                layer = next((x.name for x in self.structure.layers if x.space == space), "an unnamed layer")
+                raise GraphError(
+                    f"task {self.task.name!r}: re-ordering the units of {layer!r} changes the outputs, so its readers were "
+                    f"misunderstood; please report the architecture. Share only other layers meanwhile (a dict for `share`)."
+                )
+        raise GraphError(f"task {self.task.name!r}: re-ordering hidden units changes the outputs; please report the network.")
+
+    def _agrees(self, orders: Sequence[np.ndarray], spaces: Sequence[int], wanted: object) -> bool:
+        network = copy.deepcopy(self.network)
+        for space in spaces:
+            self.structure.reorder(network, space, orders[space])
+        with evaluating(network):
+            given = run_batch(self.task, network, self._first_batch, 0)
+        pairs = zip(pytree.tree_leaves(wanted), pytree.tree_leaves(given), strict=True)
+        return all(_close(a, b) for a, b in pairs if isinstance(a, Tensor))
+
+    def observer(self, max_rows: MaxRows, seed: int) -> Observer:
+        """What reads layers of this task."""
+        return Observer(self.task, self.network, self.samples, max_rows, seed)
+
+    def weights(self, layer: Layer) -> Tensor:
+        """All incoming weights of a layer as they are now, float64 [units, inputs * taps + 1], the bias last (0 without)."""
+        weight = self.network.get_parameter(layer.weight).detach().double().flatten(1)
+        bias = weight.new_zeros(len(weight)) if layer.bias is None else self.network.get_parameter(layer.bias).detach().double()
+        return torch.cat([weight, bias[:, None]], dim=1)
+
+    def set_weights(self, layer: Layer, weights: Tensor) -> None:
+        """Write incoming weights back into the working copy."""
+        with torch.no_grad():
+            parameter = self.network.get_parameter(layer.weight)
+            parameter.copy_(weights[:, :-1].reshape(parameter.shape))
+            if layer.bias is not None:
+                self.network.get_parameter(layer.bias).copy_(weights[:, -1])
+
+    def parameters(self, layer: Layer) -> list[nn.Parameter]:
+        """The parameters of a layer as it is now: dense ones, or blocks."""
+        blocks = installed(self.network)
+        found: list[nn.Parameter] = []
+        for name in (layer.weight, layer.bias):
+            if name is not None:
+                found += blocks[name].parameters() if name in blocks else [self.network.get_parameter(name)]
+        return found
+
+    def batch_norm(self, layer: Layer) -> tuple[Tensor, Tensor]:
+        """Running mean and variance of the batch-norm behind a layer."""
+        assert layer.batch_norm is not None
+        return self.network.get_buffer(layer.batch_norm.mean), self.network.get_buffer(layer.batch_norm.variance)
+
+    def batch_norm_scale(self, layer: Layer) -> Tensor:
+        """What the batch-norm behind a layer divides its units by, float64."""
+        assert layer.batch_norm is not None
+        return (self.batch_norm(layer)[1].double() + layer.batch_norm.eps).sqrt()
+
+    def shared_inputs(self, layer: Layer) -> dict[str, np.ndarray]:
+        """Which input channels of a layer may be shared, by the joint layer that computes them ("" for the network's input).
+
+        Each array is [shared units, times each unit is read]; the network's own input counts as one unit a channel.
+        """
+        if layer.reads_input:
+            return {"": np.arange(layer.inputs)[:, None]}
+        if layer.columns is None:
+            return {}
+        found = {}
+        for space, (writer, count) in self.shared.items():
+            positions = self.structure.spaces[space].positions(layer.columns)
+            if positions.size:
+                found[writer] = positions[:count]
+        return found
+
+    def share(self, layer: Layer, writer: str, order: np.ndarray, count: int) -> None:
+        """Put the units of a layer into the given order; the first `count` of them are shared from now on."""
+        assert layer.space is not None
+        self.structure.reorder(self.network, layer.space, order)
+        self.shared[layer.space] = (writer, count)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if not a.is_floating_point():
+        return bool((a == b).all())
+    return bool((a - b).abs().max() <= _ROUNDING.get(a.dtype, 5e-2) * a.abs().max()) if a.numel() else True

@@ -1,0 +1,27 @@
+"""The weight update: one set of incoming weights for units that several tasks share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jaxtyping import Float
+from torch import Tensor
+
+from taskzip.curvature import solve_symmetric
+
+
+def merge_weights(
+    weights: Sequence[Float[Tensor, "units d"]], curvatures: Sequence[Float[Tensor, "d d"]]
+) -> Float[Tensor, "units d"]:
+    """The weights that raise the tasks' summed layer error least: w = (sum H_t)^-1 (sum H_t w_t).
+
+    For two tasks this is eq. 10 and 11 of the paper, written without an inverse of a single curvature. It is
+    associative: merging in several steps, with the curvatures added up, gives the same as merging all at once.
+
+    Args:
+        weights: per task, the incoming weights of the paired units, row p of every task belonging to one pair.
+        curvatures: per task, H over the same d inputs, weighted by the balance and damped.
+    """
+    total = sum(curvatures[1:], start=curvatures[0])
+    wanted = sum((h @ w.mT for h, w in zip(curvatures[1:], weights[1:], strict=True)), start=curvatures[0] @ weights[0].mT)
+    return solve_symmetric(total, wanted).mT

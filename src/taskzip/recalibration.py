@@ -1,0 +1,88 @@
+"""Repairs without gradient steps, all from the sums that zipping has anyway: least squares, spread, batch-norm.
+
+Weights here are matrices [units, d + 1] with the bias as the last column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from taskzip.curvature import LayerStatistics, solve_symmetric
+
+
+def least_squares(
+    statistics: LayerStatistics, weights: Float[Tensor, "units d1"], ridge: float, *, bias: bool
+) -> Float[Tensor, "units d1"]:
+    """Weights that, from the changed inputs, come closest to the original network's pre-activations (design 2.5, point 2).
+
+    Minimises sum |W x - z|^2 + ridge * mean(diag G) * |W - W_present|^2 with G = sum x x^T.
+
+    Args:
+        statistics: the sums over changed inputs x and original answers z.
+        weights: the present weights, towards which the ridge pulls.
+        ridge: its strength, relative to the mean square of the inputs.
+        bias: whether the layer has a bias; without one the last column stays as it is, zero.
+    """
+    d = weights.shape[1] if bias else weights.shape[1] - 1
+    gram, cross = statistics.gram[:d, :d], statistics.cross[:d]
+    pull = ridge * gram.diagonal().mean()
+    solved = solve_symmetric(gram + pull * torch.eye(d, dtype=gram.dtype, device=gram.device), cross + pull * weights[:, :d].mT)
+    return torch.cat([solved.mT, weights[:, d:]], dim=1)
+
+
+def match_spread(
+    statistics: Sequence[LayerStatistics],
+    weights: Sequence[Float[Tensor, "units d1"]],
+    units: Sequence[Tensor],
+    balance: Sequence[float],
+) -> tuple[Float[Tensor, " units"], Float[Tensor, " units"]]:
+    """By how much to scale the incoming weights of merged units, and to shift their bias (design 2.5, point 4).
+
+    Least squares shrinks towards the mean, layer after layer. One scale and one shift per unit, common to all tasks, bring
+    its pre-activations back to the original networks' variance and mean, both averaged over the tasks by their balance.
+
+    Args:
+        statistics: per task, the sums over the layer's inputs.
+        weights: per task, all incoming weights of the merged units (shared and own), bias last.
+        units: per task, which unit of the original network each merged unit stands for.
+        balance: the weight of each task.
+
+    Returns:
+        Scales and shifts: the new weights are `scale * w`, then the bias is raised by `shift`.
+    """
+    wanted_mean = wanted_variance = mean = variance = torch.zeros((), dtype=weights[0].dtype, device=weights[0].device)
+    for s, w, chosen, alpha in zip(statistics, weights, units, balance, strict=True):
+        m, v = s.answer_moments()
+        wanted_mean, wanted_variance = wanted_mean + alpha * m[chosen], wanted_variance + alpha * v[chosen]
+        m, v = s.moments(w)
+        mean, variance = mean + alpha * m, variance + alpha * v
+    tiny = 1e-12 * (wanted_variance + wanted_mean.square()) + torch.finfo(variance.dtype).tiny
+    scale = torch.where(variance > tiny, (wanted_variance / variance.clamp_min(tiny)).sqrt(), torch.ones_like(variance))
+    return scale, wanted_mean - scale * mean
+
+
+def batch_norm_statistics(
+    statistics: LayerStatistics,
+    weights: Float[Tensor, "units d1"],
+    mean: Float[Tensor, " units"],
+    variance: Float[Tensor, " units"],
+    eps: float,
+) -> tuple[Float[Tensor, " units"], Float[Tensor, " units"]]:
+    """Running statistics under which batch-norm gives new weights the mean and spread that the original ones had.
+
+    The change is relative: where new and original pre-activations agree on the calibration data, the statistics stay.
+
+    Args:
+        statistics: the sums over the inputs and the original network's answers, units in the same order as `weights`.
+        weights: the new incoming weights, bias last.
+        mean, variance: the present running statistics of the batch-norm, fitted to the original weights.
+        eps: of the batch-norm.
+    """
+    old_mean, old_variance = statistics.answer_moments()
+    new_mean, new_variance = statistics.moments(weights)
+    ratio = torch.where(old_variance > 1e-12 * (variance + eps), new_variance / old_variance, torch.ones_like(variance))
+    return new_mean - (old_mean - mean) * ratio.sqrt(), ((variance + eps) * ratio - eps).clamp_min(0)

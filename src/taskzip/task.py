@@ -1,0 +1,120 @@
+"""A task: a name, a trained network, data to calibrate on, and how the network is called and judged."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from taskzip.errors import InputError
+
+Batch = Any
+"""A tensor, `(inputs, targets)`, or a dict of keyword arguments for the network."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One trained network and what is needed to zip and retrain it.
+
+    Args:
+        name: how the joint network calls the task; letters, digits, "_" and "-".
+        model: the trained network. It is never changed.
+        data: a re-iterable of batches (a list, a `DataLoader`), each a tensor of inputs, a pair `(inputs, targets)` whose
+            inputs may be a tuple of tensors, or a dict for `model(**batch)`. The first axis of every tensor is the sample.
+        loss: `loss(output, targets)`, a mean over the batch; needed only to retrain with labels.
+        metric: `metric(output, targets)`, any number to report; optional.
+        forward: `forward(model, batch)` if the network is called in another way than the forms of `data` say.
+
+    Raises:
+        InputError: a name or model that cannot be used, or data that can be read only once.
+    """
+
+    name: str
+    model: nn.Module
+    data: Iterable[Batch]
+    loss: Callable[[Any, Any], Tensor] = F.cross_entropy
+    metric: Callable[[Any, Any], Any] | None = None
+    forward: Callable[[nn.Module, Batch], Any] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
+            raise InputError(f"task name {self.name!r} cannot be used: take letters, digits, '_' and '-' only.")
+        if hasattr(nn.ModuleDict, self.name):
+            raise InputError(f"task name {self.name!r} is a method of torch's ModuleDict: choose another name.")
+        if not isinstance(self.model, nn.Module):
+            raise InputError(f"task {self.name!r}: model must be a torch nn.Module, got {type(self.model).__name__}.")
+        if isinstance(self.data, Tensor):
+            raise InputError(
+                f"task {self.name!r}: data is one tensor of shape {tuple(self.data.shape)}, not batches: "
+                f"use taskzip.datasets.batches(inputs, targets) or a DataLoader."
+            )
+        if isinstance(self.data, str) or not isinstance(self.data, Iterable):
+            raise InputError(f"task {self.name!r}: data must be a re-iterable of batches, got {type(self.data).__name__}.")
+        if isinstance(self.data, Iterator):
+            raise InputError(
+                f"task {self.name!r}: data is a {type(self.data).__name__}, which can be read only once, and zipping reads "
+                f"it once per layer: pass list(...) or a DataLoader."
+            )
+
+    def run(self, model: nn.Module, batch: Batch) -> Any:
+        """Call `model` on a batch the way this task is called."""
+        if self.forward is not None:
+            return self.forward(model, batch)
+        if isinstance(batch, Mapping):
+            return model(**batch)
+        inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+        return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+    def targets(self, batch: Batch) -> Any:
+        """The targets of a batch, or None where it has none."""
+        if isinstance(batch, Mapping):
+            return batch.get("labels")
+        return batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
+
+    def batches(self) -> Iterator[Batch]:
+        """The calibration batches, one pass, on the device of the model."""
+        device = device_of(self.model)
+        for batch in self.data:
+            yield pytree.tree_map_only(Tensor, lambda t: t.to(device), batch)
+
+    def check_data(self) -> int:
+        """Read the data once and return the number of samples.
+
+        Raises:
+            InputError: no batches, no samples, or values that are not finite, naming the batch.
+        """
+        samples = 0
+        for index, batch in enumerate(self.data):
+            tensors = input_tensors(batch)
+            if not tensors or any(t.dim() == 0 for t in tensors):
+                raise InputError(f"task {self.name!r}: batch {index} holds no tensor with a sample axis, but a {type(batch).__name__}.")
+            samples += len(tensors[0])
+            if any(t.is_floating_point() and not torch.isfinite(t).all() for t in tensors):
+                raise InputError(f"task {self.name!r}: batch {index} of the calibration data has NaN or infinite values.")
+        if not samples:
+            raise InputError(f"task {self.name!r}: the calibration data are empty: pass at least one batch with one sample.")
+        return samples
+
+
+def samples_in(batch: Batch) -> int:
+    """How many samples a batch holds: the length of its first input."""
+    return len(input_tensors(batch)[0])
+
+
+def input_tensors(batch: Batch) -> list[Tensor]:
+    """The tensors that go into the network, in order."""
+    inputs = batch if isinstance(batch, Mapping) or not isinstance(batch, (tuple, list)) else batch[:1]
+    return [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the network's first parameter or buffer lies; the CPU for a network without any."""
+    first = next(model.parameters(), None)
+    first = next(model.buffers(), None) if first is None else first
+    return torch.device("cpu") if first is None else first.device

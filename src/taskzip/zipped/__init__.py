@@ -1,0 +1,5 @@
+"""The product of zipping: networks that share blocks of weights, their checkpoints and their summary."""
+
+from taskzip.zipped.model import LayerRecord, ZippedModel
+
+__all__ = ["LayerRecord", "ZippedModel"]

@@ -1,0 +1,160 @@
+"""A weight put together from blocks, and modules that use it without knowing (design 2.1, 2.3).
+
+The weights from input group g_in to output group g_out are one Parameter; the tasks in g_in and g_out use it. A block that
+several tasks use is the same Parameter in each of their networks, like any tied weight in torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """One block: its name, its shape, and how many of its inputs this task has (the other task's may be larger)."""
+
+    name: str
+    shape: tuple[int, ...]
+    inputs: int | None = None
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """Units that the same tasks own: blocks side by side, then put into the order in which the task's inputs lie."""
+
+    blocks: tuple[BlockSpec, ...]
+    order: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class BlocksSpec:
+    """How one task's weight is put together: groups of rows, one below the other. Plain data, for the checkpoint."""
+
+    rows: tuple[RowSpec, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, d: dict[str, Any]) -> BlocksSpec:
+        """From JSON."""
+        return cls(
+            tuple(
+                RowSpec(
+                    tuple(BlockSpec(b["name"], tuple(b["shape"]), b["inputs"]) for b in row["blocks"]),
+                    None if row["order"] is None else tuple(row["order"]),
+                )
+                for row in d["rows"]
+            )
+        )
+
+
+class Blocks(nn.Module):
+    """One task's view of a zipped weight or bias; calling it gives the dense tensor."""
+
+    def __init__(self, spec: BlocksSpec, parameters: dict[str, nn.Parameter]) -> None:
+        super().__init__()
+        self.spec = spec
+        for row in spec.rows:
+            for block in row.blocks:
+                self.register_parameter(block.name, parameters[block.name])
+        for i, row in enumerate(spec.rows):
+            order = None if row.order is None else torch.tensor(row.order, device=next(self.parameters()).device)
+            self.register_buffer(f"order{i}", order, persistent=False)
+
+    def forward(self) -> Tensor:
+        """The dense weight, [units, inputs, *kernel], or the bias, [units]."""
+        rows = [self._row(row, getattr(self, f"order{i}")) for i, row in enumerate(self.spec.rows)]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    def _row(self, row: RowSpec, order: Tensor | None) -> Tensor:
+        blocks = [self._part(block) for block in row.blocks]
+        whole = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+        return whole if order is None else whole.index_select(1, order)
+
+    def _part(self, block: BlockSpec) -> Tensor:
+        parameter = self.get_parameter(block.name)
+        return parameter if block.inputs is None else parameter[:, : block.inputs]
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}: {'x'.join(map(str, p.shape))}" for name, p in self.named_parameters())
+
+
+class Zipped:
+    """Mixed into the class of a module whose weights are put together from blocks; `zipped_attributes` names them."""
+
+    zipped_attributes: tuple[str, ...] = ()
+    original_class: type[nn.Module]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _new, (self.original_class, self.zipped_attributes), self.__dict__
+
+
+@cache
+def zipped_class(original: type[nn.Module], attributes: tuple[str, ...]) -> type[nn.Module]:
+    """A subclass of the module's own class in which the attributes are computed, so that its forward stays the user's."""
+    computed: dict[str, Any] = {attribute: _computed(attribute) for attribute in attributes}
+    computed |= {"zipped_attributes": attributes, "original_class": original, "__module__": __name__}
+    return type(f"Zipped{original.__name__}", (Zipped, original), computed)
+
+
+def _computed(attribute: str) -> property:
+    return property(lambda module: module._modules[f"{attribute}_blocks"]())
+
+
+def _new(original: type[nn.Module], attributes: tuple[str, ...]) -> nn.Module:
+    cls = zipped_class(original, attributes)
+    return cls.__new__(cls)
+
+
+def install(network: nn.Module, name: str, blocks: Blocks) -> None:
+    """Replace the parameter `name` of a network by blocks."""
+    path, _, attribute = name.rpartition(".")
+    module = network.get_submodule(path)
+    original, attributes = _origin(module)
+    module._parameters[attribute] = None  # keeps its place among the module's parameters
+    module.add_module(f"{attribute}_blocks", blocks)
+    module.__class__ = zipped_class(original, (*attributes, attribute))
+
+
+def densify(network: nn.Module) -> None:
+    """Turn all blocks of a network back into ordinary parameters, in place."""
+    for module in list(network.modules()):
+        original, attributes = _origin(module)
+        for attribute in attributes:
+            blocks = module._modules.pop(f"{attribute}_blocks")
+            assert blocks is not None
+            grad = any(p.requires_grad for p in blocks.parameters())
+            dense = blocks().detach().clone(memory_format=torch.contiguous_format)
+            module.__class__ = original
+            module.register_parameter(attribute, nn.Parameter(dense, requires_grad=grad))
+
+
+def installed(network: nn.Module) -> dict[str, Blocks]:
+    """All zipped parameters of a network: name -> blocks."""
+    found = {}
+    for path, module in network.named_modules():
+        for attribute in _origin(module)[1]:
+            blocks = module._modules[f"{attribute}_blocks"]
+            assert isinstance(blocks, Blocks)
+            found[f"{path}.{attribute}" if path else attribute] = blocks
+    return found
+
+
+def _origin(module: nn.Module) -> tuple[type[nn.Module], tuple[str, ...]]:
+    if isinstance(module, Zipped):
+        return module.original_class, module.zipped_attributes
+    return type(module), ()
+
+
+def block_name(owners: Sequence[str], users: Sequence[str]) -> str:
+    """`A+B` for units of A and B over inputs of both, `A+B@A` for the same units over inputs that only A has."""
+    rows = "+".join(owners)
+    return rows if tuple(owners) == tuple(users) else f"{rows}@{'+'.join(users)}"

@@ -1,0 +1,131 @@
+"""The joint network: every task's own module tree, tied together by the blocks that tasks share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from taskzip.errors import InputError
+from taskzip.zipped.blocks import densify, installed
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What zipping did to one layer.
+
+    Attributes:
+        name: of the layer, as the first task's network calls it.
+        names: what every task calls it.
+        units: per task, how many units it has.
+        shared: how many of them are shared.
+        cost: the summed functional difference d (eq. 12) of the pairs.
+        before: parameters of the separate layers together.
+        after: parameters of the zipped layer.
+        note: why nothing could be shared, or "".
+    """
+
+    name: str
+    names: tuple[str, ...]
+    units: tuple[int, ...]
+    shared: int
+    cost: float
+    before: int
+    after: int
+    note: str = ""
+
+
+@dataclass
+class History:
+    """How a joint network was made: the settings of `zip`, one record per layer, and what was done afterwards."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    layers: list[LayerRecord] = field(default_factory=list)
+    later: list[dict[str, Any]] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, d: dict[str, Any]) -> History:
+        """From JSON."""
+        layers = [LayerRecord(**{**r, "names": tuple(r["names"]), "units": tuple(r["units"])}) for r in d["layers"]]
+        return cls(d["settings"], layers, d["later"])
+
+
+class ZippedModel(nn.Module):
+    """One network for several tasks. `zipped["name"]` stands wherever that task's original network stood.
+
+    A block that several tasks share is one `Parameter`, tied like any tied weight in torch: `parameters()` gives it once,
+    gradients of all tasks add up in it, and `.to(...)`, `state_dict()`, `train()`, `eval()` and `copy.deepcopy` work as ever.
+    """
+
+    def __init__(self, networks: Mapping[str, nn.Module], history: History | None = None) -> None:
+        super().__init__()
+        self.tasks = nn.ModuleDict(networks)
+        self.history = history or History()
+
+    def __getitem__(self, name: str) -> nn.Module:
+        if name not in self.tasks:
+            raise KeyError(f"no task {name!r} in this network: it has {', '.join(self.tasks)}")
+        return self.tasks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tasks)
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Every task's output for the same input."""
+        return {name: network(*args, **kwargs) for name, network in self.tasks.items()}
+
+    def materialize(self, name: str) -> nn.Module:
+        """A plain copy of one task's network: the original classes with dense weights, which needs no taskzip to run.
+
+        Its hidden units lie in the order that zipping gave them; its outputs are those of `zipped[name]`.
+        """
+        network = copy.deepcopy(self[name])
+        densify(network)
+        return network
+
+    def summary(self) -> str:
+        """A table for people, at most 100 columns: per layer units, shared units, cost, parameters before and after."""
+        from taskzip.report import summary_table
+
+        return summary_table(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file with every block once; see `taskzip.load`.
+
+        Raises:
+            CheckpointError: the file cannot be written; nothing is left behind.
+        """
+        from taskzip.zipped.checkpoint import save
+
+        save(self, path)
+
+    def parameter_count(self, tasks: Sequence[str] | None = None) -> int:
+        """Parameters that the given tasks (default: all) need, shared blocks counted once."""
+        unknown = set(tasks or ()) - set(self.tasks)
+        if unknown:
+            raise InputError(f"no task {sorted(unknown)[0]!r} in this network: it has {', '.join(self.tasks)}.")
+        chosen = self.tasks if tasks is None else tasks
+        return sum({p: p.numel() for name in chosen for p in self.tasks[name].parameters()}.values())
+
+    def shared_parameter_count(self) -> int:
+        """Parameters that more than one task uses."""
+        uses: dict[nn.Parameter, int] = {}
+        for network in self.tasks.values():
+            for parameter in set(network.parameters()):
+                uses[parameter] = uses.get(parameter, 0) + 1
+        return sum(parameter.numel() for parameter, times in uses.items() if times > 1)
+
+    def zipped_parameters(self, name: str) -> tuple[str, ...]:
+        """The names of one task's parameters that are put together from blocks."""
+        return tuple(installed(self[name]))
