@@ -2,9 +2,10 @@
 
 from taskzip.errors import CheckpointError, GraphError, InputError, TaskzipError
 from taskzip.plan import Threshold
+from taskzip.retraining import Retraining, retrain
 from taskzip.task import Task
-from taskzip.zipped import ZippedModel
-from taskzip.zipping import zip_tasks as zip  # noqa: A004  (the verb of the library)
+from taskzip.zipped import ZippedModel, load
+from taskzip.zipping import zip_tasks as zip
 
 __version__ = "0.1.0"
 
@@ -12,10 +13,13 @@ __all__ = [
     "CheckpointError",
     "GraphError",
     "InputError",
+    "Retraining",
     "Task",
     "TaskzipError",
     "Threshold",
     "ZippedModel",
     "__version__",
+    "load",
+    "retrain",
     "zip",
 ]

@@ -19,8 +19,9 @@ class SharedInputs:
     """The inputs of one layer that all tasks share, aligned.
 
     Attributes:
-        channels: per task, its input channels (columns of a linear layer) in the common order. Where the networks' own inputs
-            differ in size, the smaller one has only the first of them; the rest are fictive connections of weight 0.
+        channels: per task, its input channels (columns of a linear layer) in the common order. Where the networks' own
+            inputs differ in size, the smaller one has only the first of them; the rest are fictive connections of
+            weight 0.
         bias: whether every task has a bias here.
     """
 
@@ -66,7 +67,9 @@ def align_inputs(members: Sequence[Member], layers: Sequence[Layer]) -> SharedIn
     return SharedInputs(channels, bias=all(layer.bias is not None for layer in layers))
 
 
-def install_blocks(members: Sequence[Member], layers: Sequence[Layer], inputs: SharedInputs, shared: int, merged: Tensor) -> None:
+def install_blocks(
+    members: Sequence[Member], layers: Sequence[Layer], inputs: SharedInputs, shared: int, merged: Tensor
+) -> None:
     """Put a merged layer into every member's network: shared rows first, then the task's own.
 
     Args:
@@ -116,4 +119,7 @@ def _install(member: Member, parameter: str, rows: list[RowSpec], parts: dict[st
 
 
 def _parameter(values: Tensor, like: Tensor) -> nn.Parameter:
-    return nn.Parameter(values.detach().to(like).clone(memory_format=torch.contiguous_format), requires_grad=like.requires_grad)
+    return nn.Parameter(
+        values.detach().to(like).clone(memory_format=torch.contiguous_format),
+        requires_grad=like.requires_grad,
+    )

@@ -25,9 +25,7 @@ class LayerStatistics:
         self.cross = torch.zeros(inputs + 1, units, dtype=torch.float64, device=device)
         self.square = torch.zeros(units, dtype=torch.float64, device=device)
 
-    def update(
-        self, rows: Float[Tensor, "rows d"], answers: Float[Tensor, "rows units"], weight: float = 1.0
-    ) -> None:
+    def update(self, rows: Float[Tensor, "rows d"], answers: Float[Tensor, "rows units"], weight: float = 1.0) -> None:
         """Add rows; `weight` says how many rows each of them stands for (sampling leaves the sums unbiased)."""
         x = torch.cat([rows, rows.new_ones(rows.shape[0], 1)], dim=1)
         self.gram += weight * (x.mT @ x)
@@ -62,7 +60,7 @@ def damped(h: Float[Tensor, "d d"], damping: float) -> Float[Tensor, "d d"]:
 
 
 def solve_symmetric(h: Float[Tensor, "d d"], right: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
-    """H^-1 right for a positive semidefinite H; where H is singular, the pseudo-inverse (a normal case, not a fault)."""
+    """H^-1 right for a positive semidefinite H; where H is singular, which is normal, by its pseudo-inverse."""
     factor, failed = torch.linalg.cholesky_ex(h)
     if not failed and factor.diagonal().min() > 1e-7 * factor.diagonal().max():
         return torch.cholesky_solve(right, factor)

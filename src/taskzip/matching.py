@@ -50,7 +50,9 @@ def match(
     most = min(d.shape)
     count = most if count is None else count
     if not 0 <= count <= most:
-        raise ValueError(f"cannot choose {count} pairs among {d.shape[0]} and {d.shape[1]} units: 0 to {most} is possible")
+        raise ValueError(
+            f"cannot choose {count} pairs among {d.shape[0]} and {d.shape[1]} units: 0 to {most} is possible"
+        )
     if np.isnan(d).any():
         raise ValueError("the functional difference has NaN entries: check the weights and the calibration data")
     if method == "optimal":
@@ -95,7 +97,8 @@ def _greedy(d: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Pair by pair in ascending order of d; equal values in order of (row, column)."""
     columns = d.shape[1]
     free_a, free_b = np.ones(d.shape[0], bool), np.ones(columns, bool)
-    a, b = [], []
+    a: list[int] = []
+    b: list[int] = []
     ascending = np.argsort(d, axis=None, kind="stable")
     step = 16 * max(d.shape)  # candidates already spoken for are dropped a chunk at a time, not one by one
     for start in range(0, ascending.size, step):

@@ -43,10 +43,12 @@ class Member:
 
     def _check_parameters(self) -> None:
         for name, tensor in self.task.model.state_dict(keep_vars=True).items():
-            if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            if nn.parameter.is_lazy(tensor):
                 raise InputError(f"task {self.task.name!r}: parameter {name!r} has no shape yet: run the network once.")
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise InputError(f"task {self.task.name!r}: {name!r} has NaN or infinite values: train or repair the network.")
+                raise InputError(
+                    f"task {self.task.name!r}: {name!r} has NaN or infinite values: train or repair the network."
+                )
 
     def _analyse(self) -> Structure:
         try:
@@ -70,10 +72,12 @@ class Member:
             if not self._agrees(orders, [space], wanted):
                 layer = next((x.name for x in self.structure.layers if x.space == space), "an unnamed layer")
                 raise GraphError(
-                    f"task {self.task.name!r}: re-ordering the units of {layer!r} changes the outputs, so its readers were "
-                    f"misunderstood; please report the architecture. Share only other layers meanwhile (a dict for `share`)."
+                    f"task {self.task.name!r}: re-ordering the units of {layer!r} changes the outputs, so its readers "
+                    f"were misunderstood. Please report the architecture; the network cannot be zipped as it is."
                 )
-        raise GraphError(f"task {self.task.name!r}: re-ordering hidden units changes the outputs; please report the network.")
+        raise GraphError(
+            f"task {self.task.name!r}: re-ordering hidden units changes the outputs; please report the network."
+        )
 
     def _agrees(self, orders: Sequence[np.ndarray], spaces: Sequence[int], wanted: object) -> bool:
         network = copy.deepcopy(self.network)
@@ -89,9 +93,9 @@ class Member:
         return Observer(self.task, self.network, self.samples, max_rows, seed)
 
     def weights(self, layer: Layer) -> Tensor:
-        """All incoming weights of a layer as they are now, float64 [units, inputs * taps + 1], the bias last (0 without)."""
+        """All incoming weights of a layer as they are now, float64 [units, inputs * taps + 1], bias last (0 if none)."""
         weight = self.network.get_parameter(layer.weight).detach().double().flatten(1)
-        bias = weight.new_zeros(len(weight)) if layer.bias is None else self.network.get_parameter(layer.bias).detach().double()
+        bias = weight.new_zeros(len(weight)) if layer.bias is None else self.network.get_parameter(layer.bias).detach()
         return torch.cat([weight, bias[:, None]], dim=1)
 
     def set_weights(self, layer: Layer, weights: Tensor) -> None:
@@ -122,9 +126,10 @@ class Member:
         return (self.batch_norm(layer)[1].double() + layer.batch_norm.eps).sqrt()
 
     def shared_inputs(self, layer: Layer) -> dict[str, np.ndarray]:
-        """Which input channels of a layer may be shared, by the joint layer that computes them ("" for the network's input).
+        """Which input channels of a layer may be shared, by the joint layer that computes them.
 
-        Each array is [shared units, times each unit is read]; the network's own input counts as one unit a channel.
+        Each array is [shared units, times each unit is read]; the network's own input, called "", counts as one unit a
+        channel.
         """
         if layer.reads_input:
             return {"": np.arange(layer.inputs)[:, None]}

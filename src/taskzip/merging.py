@@ -23,5 +23,8 @@ def merge_weights(
         curvatures: per task, H over the same d inputs, weighted by the balance and damped.
     """
     total = sum(curvatures[1:], start=curvatures[0])
-    wanted = sum((h @ w.mT for h, w in zip(curvatures[1:], weights[1:], strict=True)), start=curvatures[0] @ weights[0].mT)
+    wanted = sum(
+        (h @ w.mT for h, w in zip(curvatures[1:], weights[1:], strict=True)),
+        start=curvatures[0] @ weights[0].mT,
+    )
     return solve_symmetric(total, wanted).mT

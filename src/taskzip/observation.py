@@ -1,7 +1,7 @@
 """What a layer reads and what it should answer: one pass over a task's data, stopped at that layer.
 
-The pass runs the user's own modules. A layer is recognised by its weight, at the moment it is handed to `linear` or to a
-convolution, so that padding, stride and functional calls need no rules of their own.
+The pass runs the user's own modules. A layer is recognised by its weight, at the moment it is handed to `linear` or to
+a convolution, so that padding, stride and functional calls need no rules of their own.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _CHUNK_ELEMENTS = 2**25  # values of one batch's patches that are held at once
 
 
 class _Reached(BaseException):
-    """The layer was called for the last time; nothing behind it is needed. Not an Exception: no forward may catch it."""
+    """The layer was called for the last time; nothing behind it is needed. No forward may catch it as an Exception."""
 
 
 class _Read(NamedTuple):
@@ -61,7 +61,10 @@ class _Recorder(TorchFunctionMode):
             if given["weight"] is self.weight:
                 slide = None
                 if func is not F.linear:
-                    slide = {name: given.get(name, default) for name, default in (("stride", 1), ("padding", 0), ("dilation", 1))}
+                    slide = {
+                        name: given.get(name, default)
+                        for name, default in (("stride", 1), ("padding", 0), ("dilation", 1))
+                    }
                 self.reads.append(_Read(given["input"], result, slide))
                 if len(self.reads) == self.calls:
                     raise _Reached
@@ -93,7 +96,9 @@ def run_batch(task: Task, model: nn.Module, batch: Batch, index: int) -> Any:
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         shapes = ", ".join(str(tuple(t.shape)) for t in input_tensors(batch))
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"task {task.name!r}: the network fails on batch {index} with inputs {shapes}: {reason}") from error
+        raise InputError(
+            f"task {task.name!r}: the network fails on batch {index} with inputs {shapes}: {reason}"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -142,7 +147,13 @@ class Observer:
         return recorder.reads
 
     def _add(
-        self, statistics: LayerStatistics, read: _Read, z: Tensor, layer: Layer, samples: int, generator: torch.Generator
+        self,
+        statistics: LayerStatistics,
+        read: _Read,
+        z: Tensor,
+        layer: Layer,
+        samples: int,
+        generator: torch.Generator,
     ) -> None:
         x, z = _at_least_float32(read.x), _at_least_float32(z)
         if read.slide is None:
@@ -179,17 +190,19 @@ def _windows(x: Tensor, kernel: tuple[int, ...], stride: Any, padding: Any, dila
     if padding == "valid":
         padding = 0
     reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-    if padding == "same":
-        sides = [(r // 2, r - r // 2) for r in reach]
-    else:
-        sides = [(p, p) for p in _each(padding, n)]
+    sides = [(r // 2, r - r // 2) for r in reach] if padding == "same" else [(p, p) for p in _each(padding, n)]
     if any(side != (0, 0) for side in sides):
         x = F.pad(x, [amount for side in reversed(sides) for amount in side])
     places = [(size - r - 1) // s + 1 for size, r, s in zip(x.shape[2:], reach, stride, strict=True)]
     steps = x.stride()
     return x.as_strided(
         (x.shape[0], *places, x.shape[1], *kernel),
-        (steps[0], *(t * s for t, s in zip(steps[2:], stride, strict=True)), steps[1], *(t * d for t, d in zip(steps[2:], dilation, strict=True))),
+        (
+            steps[0],
+            *(t * s for t, s in zip(steps[2:], stride, strict=True)),
+            steps[1],
+            *(t * d for t, d in zip(steps[2:], dilation, strict=True)),
+        ),
         x.storage_offset(),
     )
 

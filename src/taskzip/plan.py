@@ -1,4 +1,4 @@
-"""How much to share: a fraction, a dict per layer, or up to which functional difference (the paper's N~_l and epsilon_l)."""
+"""How much to share: a fraction, a dict per layer, or up to which functional difference (N~_l, epsilon_l)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from taskzip.errors import InputError
 
 
 class Quota(NamedTuple):
-    """What one layer may share: at most `count` pairs, each with d <= `threshold` where one is given."""
+    """What one layer may share: at most `pairs` pairs, each with d <= `threshold` where one is given."""
 
-    count: int
+    pairs: int
     threshold: float | None = None
 
 
@@ -37,6 +37,10 @@ class Threshold:
         """The layers that are named one by one."""
         return self.eps.keys() if isinstance(self.eps, Mapping) else ()
 
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return {"threshold": dict(self.eps) if isinstance(self.eps, Mapping) else self.eps}
+
     def quota(self, layer: str, units: int) -> Quota:
         """What `layer`, with `units` pairs at most, may share."""
         eps = self.eps.get(layer) if isinstance(self.eps, Mapping) else self.eps
@@ -58,14 +62,20 @@ class Share:
                 is_count = isinstance(amount, int) and not isinstance(amount, bool)
                 if not _is_number(amount) or amount < 0 or (not is_count and amount > 1):
                     raise InputError(
-                        f"share for layer {layer!r} is {amount!r}: give a fraction (float, 0.0 to 1.0) or a count of units (int)."
+                        f"share for layer {layer!r} is {amount!r}: give a fraction (float, 0.0 to 1.0) or a count (int)."
                     )
         elif not _is_number(self.amount) or not 0 <= self.amount <= 1:
-            raise InputError(f"share is {self.amount!r}: give a fraction from 0 to 1, a dict by layer name, or a Threshold.")
+            raise InputError(
+                f"share is {self.amount!r}: give a fraction from 0 to 1, a dict by layer name, or a Threshold."
+            )
 
     def named(self) -> Iterable[str]:
         """The layers that are named one by one."""
         return self.amount.keys() if isinstance(self.amount, Mapping) else ()
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return {"share": dict(self.amount) if isinstance(self.amount, Mapping) else self.amount}
 
     def quota(self, layer: str, units: int) -> Quota:
         """What `layer`, with `units` pairs at most, may share.
@@ -77,7 +87,9 @@ class Share:
         if not isinstance(amount, int):
             return Quota(round(amount * units))
         if amount > units:
-            raise InputError(f"share for layer {layer!r} asks for {amount} shared units, but the smaller network has {units}.")
+            raise InputError(
+                f"share for layer {layer!r} asks for {amount} shared units, but the smaller network has {units}."
+            )
         return Quota(amount)
 
 

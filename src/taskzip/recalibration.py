@@ -17,9 +17,9 @@ from taskzip.curvature import LayerStatistics, solve_symmetric
 def least_squares(
     statistics: LayerStatistics, weights: Float[Tensor, "units d1"], ridge: float, *, bias: bool
 ) -> Float[Tensor, "units d1"]:
-    """Weights that, from the changed inputs, come closest to the original network's pre-activations (design 2.5, point 2).
+    """Weights that, from the changed inputs, come closest to the original network's pre-activations.
 
-    Minimises sum |W x - z|^2 + ridge * mean(diag G) * |W - W_present|^2 with G = sum x x^T.
+    Design 2.5, point 2. Minimises sum |W x - z|^2 + ridge * mean(diag G) * |W - W_present|^2 with G = sum x x^T.
 
     Args:
         statistics: the sums over changed inputs x and original answers z.
@@ -30,7 +30,9 @@ def least_squares(
     d = weights.shape[1] if bias else weights.shape[1] - 1
     gram, cross = statistics.gram[:d, :d], statistics.cross[:d]
     pull = ridge * gram.diagonal().mean()
-    solved = solve_symmetric(gram + pull * torch.eye(d, dtype=gram.dtype, device=gram.device), cross + pull * weights[:, :d].mT)
+    solved = solve_symmetric(
+        gram + pull * torch.eye(d, dtype=gram.dtype, device=gram.device), cross + pull * weights[:, :d].mT
+    )
     return torch.cat([solved.mT, weights[:, d:]], dim=1)
 
 
@@ -42,8 +44,9 @@ def match_spread(
 ) -> tuple[Float[Tensor, " units"], Float[Tensor, " units"]]:
     """By how much to scale the incoming weights of merged units, and to shift their bias (design 2.5, point 4).
 
-    Least squares shrinks towards the mean, layer after layer. One scale and one shift per unit, common to all tasks, bring
-    its pre-activations back to the original networks' variance and mean, both averaged over the tasks by their balance.
+    Least squares shrinks towards the mean, layer after layer. One scale and one shift per unit, common to all tasks,
+    bring its pre-activations back to the original networks' variance and mean, both averaged over the tasks by their
+    balance.
 
     Args:
         statistics: per task, the sums over the layer's inputs.

@@ -25,8 +25,9 @@ class Task:
     Args:
         name: how the joint network calls the task; letters, digits, "_" and "-".
         model: the trained network. It is never changed.
-        data: a re-iterable of batches (a list, a `DataLoader`), each a tensor of inputs, a pair `(inputs, targets)` whose
-            inputs may be a tuple of tensors, or a dict for `model(**batch)`. The first axis of every tensor is the sample.
+        data: a re-iterable of batches (a list, a `DataLoader`), each a tensor of inputs, a pair `(inputs, targets)`
+            whose inputs may be a tuple of tensors, or a dict for `model(**batch)`. The first axis of every tensor is
+            the sample.
         loss: `loss(output, targets)`, a mean over the batch; needed only to retrain with labels.
         metric: `metric(output, targets)`, any number to report; optional.
         forward: `forward(model, batch)` if the network is called in another way than the forms of `data` say.
@@ -55,11 +56,13 @@ class Task:
                 f"use taskzip.datasets.batches(inputs, targets) or a DataLoader."
             )
         if isinstance(self.data, str) or not isinstance(self.data, Iterable):
-            raise InputError(f"task {self.name!r}: data must be a re-iterable of batches, got {type(self.data).__name__}.")
+            raise InputError(
+                f"task {self.name!r}: data must be a re-iterable of batches, got {type(self.data).__name__}."
+            )
         if isinstance(self.data, Iterator):
             raise InputError(
-                f"task {self.name!r}: data is a {type(self.data).__name__}, which can be read only once, and zipping reads "
-                f"it once per layer: pass list(...) or a DataLoader."
+                f"task {self.name!r}: data is a {type(self.data).__name__}, which can be read only once, and zipping "
+                f"reads it once per layer: pass list(...) or a DataLoader."
             )
 
     def run(self, model: nn.Module, batch: Batch) -> Any:
@@ -93,12 +96,18 @@ class Task:
         for index, batch in enumerate(self.data):
             tensors = input_tensors(batch)
             if not tensors or any(t.dim() == 0 for t in tensors):
-                raise InputError(f"task {self.name!r}: batch {index} holds no tensor with a sample axis, but a {type(batch).__name__}.")
+                raise InputError(
+                    f"task {self.name!r}: batch {index} is a {type(batch).__name__} without a tensor that has a sample axis."
+                )
             samples += len(tensors[0])
             if any(t.is_floating_point() and not torch.isfinite(t).all() for t in tensors):
-                raise InputError(f"task {self.name!r}: batch {index} of the calibration data has NaN or infinite values.")
+                raise InputError(
+                    f"task {self.name!r}: batch {index} of the calibration data has NaN or infinite values."
+                )
         if not samples:
-            raise InputError(f"task {self.name!r}: the calibration data are empty: pass at least one batch with one sample.")
+            raise InputError(
+                f"task {self.name!r}: the calibration data are empty: pass at least one batch with one sample."
+            )
         return samples
 
 
@@ -115,6 +124,5 @@ def input_tensors(batch: Batch) -> list[Tensor]:
 
 def device_of(model: nn.Module) -> torch.device:
     """Where the network's first parameter or buffer lies; the CPU for a network without any."""
-    first = next(model.parameters(), None)
-    first = next(model.buffers(), None) if first is None else first
+    first = next(iter((*model.parameters(), *model.buffers())), None)
     return torch.device("cpu") if first is None else first.device

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +25,7 @@ from taskzip.merging import merge_weights
 from taskzip.observation import MaxRows
 from taskzip.plan import Quota, SharePlan, as_plan
 from taskzip.recalibration import batch_norm_statistics, least_squares, match_spread
+from taskzip.retraining import Retraining
 from taskzip.task import Task
 from taskzip.zipped import LayerRecord, ZippedModel
 
@@ -40,6 +41,7 @@ class Settings:
     damping: float
     ridge: float
     max_rows: MaxRows
+    retraining: Retraining
     seed: int
 
 
@@ -53,31 +55,35 @@ def zip_tasks(
     damping: float = 1e-2,
     ridge: float = 1e-3,
     max_rows: MaxRows = "auto",
+    retrain: int | Mapping[str, int] | Retraining | None = None,
     progress: bool = True,
     seed: int = 0,
 ) -> ZippedModel:
     """Merge trained networks into one that does every task (Algorithm 1 of the paper), without labels or training.
 
-    Layer by layer, units of the two networks that do the same job are paired, share one set of incoming weights, and these
-    are corrected so that both tasks lose as little as possible. The output layers stay private. The given models are left
-    exactly as they were.
+    Layer by layer, units of the two networks that do the same job are paired, share one set of incoming weights, and
+    these are corrected so that both tasks lose as little as possible. The output layers stay private. The given models
+    are left exactly as they were.
 
     Args:
         tasks: two tasks, with networks of equally many layers; widths may differ.
-        share: how much to share: a fraction of each hidden layer's units (of the smaller one), a dict by layer name with
-            fractions (float) or counts (int), or `Threshold(eps)`. Layers are called as in the first task's network.
-        balance: the weight of each task's error (alpha): a dict by task name or a sequence, summing to 1; a single number is
-            the first task's. Default: equal.
+        share: how much to share: a fraction of each hidden layer's units (of the smaller one), a dict by layer name
+            with fractions (float) or counts (int), or `Threshold(eps)`. Layers are called as in the first task's
+            network.
+        balance: the weight of each task's error (alpha): a dict by task name or a sequence, summing to 1; a single
+            number is the first task's. Default: equal.
         matching: "optimal" (exact minimum-cost pairs), "greedy" (the paper's) or "random".
-        compensate: re-solve each task's weights from the changed inputs by least squares before merging, and bring merged
-            units back to their original spread (design 2.5). The paper's own procedure is `matching="greedy",
+        compensate: re-solve each task's weights from the changed inputs by least squares before merging, and bring
+            merged units back to their original spread (design 2.5). The paper's own procedure is `matching="greedy",
             compensate=False`.
         damping: added to each curvature, relative to the mean of its diagonal.
         ridge: strength with which compensation holds on to the present weights, relative to the inputs' mean square.
-        max_rows: how many rows (samples times output positions) a layer's curvature is summed over: a number, "auto" (50
-            per column), or None for all.
+        max_rows: how many rows (samples times output positions) a layer's curvature is summed over: a number, "auto"
+            (50 per column), or None for all.
+        retrain: steps of light retraining after each layer that shares anything (line 10 of Algorithm 1): a number, a
+            dict by layer name, or `Retraining` for more settings. Default: none.
         progress: show a progress bar on standard error.
-        seed: for sampled rows and random matching.
+        seed: for sampled rows, random matching and retraining.
 
     Returns:
         The joint network, in eval mode.
@@ -94,11 +100,13 @@ def zip_tasks(
         _not_negative("damping", damping),
         _not_negative("ridge", ridge),
         _max_rows(max_rows),
+        _retraining(retrain),
         seed,
     )
     members = [Member(task) for task in _checked(tasks)]
     layers = _correspondence(members)
-    _check_names(settings.plan, layers)
+    _check_names("share", settings.plan.named(), layers)
+    _check_names("retrain", settings.retraining.named(), layers)
     for member in members:
         member.check_orders(seed)
     zipped = ZippedModel({member.task.name: member.network for member in members})
@@ -107,7 +115,10 @@ def zip_tasks(
         todo = bar.add_task("zipping", total=len(layers))
         for layer in layers:
             bar.update(todo, description=f"zipping {layer[0].name}")
-            zipped.history.layers.append(_zip_layer(members, layer, settings))
+            record = _zip_layer(members, layer, settings)
+            zipped.history.layers.append(record)
+            if record.shared and (steps := settings.retraining.after(record.name)):
+                settings.retraining.run(zipped, tasks, steps, seed)
             bar.advance(todo)
     return zipped.eval()
 
@@ -118,9 +129,9 @@ def _zip_layer(members: Sequence[Member], layers: Sequence[Layer], settings: Set
     inputs = align_inputs(members, layers)
     obstacle = _obstacle(members, layers, inputs)
     quota = settings.plan.quota(name, min(layer.units for layer in layers))
-    if obstacle and quota.count and name in settings.plan.named():
+    if obstacle and quota.pairs and name in settings.plan.named():
         raise InputError(f"layer {name!r} cannot be shared: {obstacle}. Leave it out of `share`.")
-    sharing = not obstacle and quota.count > 0
+    sharing = not obstacle and quota.pairs > 0
     before = _size(members, layers)
 
     statistics = [_observe(m, x, settings, sharing) for m, x in zip(members, layers, strict=True)]
@@ -157,7 +168,7 @@ class _Turn:
         difference = functional_difference(*self._compared(self._comparable(weights)), *self._curvatures)
         return match(
             difference,
-            count=quota.count,
+            count=quota.pairs,
             threshold=quota.threshold,
             method=self.settings.matching,
             seed=self.settings.seed,
@@ -192,7 +203,7 @@ class _Turn:
         return found
 
     def _comparable(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        """Weights with what the following batch-norm divides by taken out: a unit's scale must not matter (design 2.4)."""
+        """Weights divided by what the batch-norm behind them divides by: a unit's scale must not matter (design 2.4)."""
         if not all(layer.batch_norm for layer in self.layers):
             return list(weights)
         return [w / m.batch_norm_scale(x)[:, None] for m, x, w in zip(self.members, self.layers, weights, strict=True)]
@@ -243,7 +254,7 @@ def _obstacle(members: Sequence[Member], layers: Sequence[Layer], inputs: Shared
     """Why a layer has to stay private, or ""."""
     for member, layer in zip(members, layers, strict=True):
         if layer.pinned:
-            return f"{member.task.name}: {layer.pinned}"
+            return f"in {member.task.name}, {layer.pinned}"
     shapes = [f"{layer.kind} {'x'.join(map(str, layer.kernel))}".strip() for layer in layers]
     if len(set(shapes)) > 1:
         return f"a {shapes[0]} and a {shapes[1]} have no weights in common"
@@ -284,7 +295,10 @@ def _checked(tasks: Sequence[Task]) -> Sequence[Task]:
     for what, of in (("dtype", lambda p: p.dtype), ("device", lambda p: p.device)):
         found = [{of(p) for p in task.model.parameters() if p.is_floating_point()} for task in tasks]
         if found[0] != found[1] or len(found[0]) != 1:
-            listed = "; ".join(f"{n!r} has {', '.join(sorted(map(str, f))) or 'no parameters'}" for n, f in zip(names, found, strict=True))
+            listed = "; ".join(
+                f"{n!r} has {', '.join(sorted(map(str, f))) or 'no parameters'}"
+                for n, f in zip(names, found, strict=True)
+            )
             raise InputError(f"all parameters must have one {what}: {listed}. Convert the models with .to(...) first.")
     return tasks
 
@@ -297,17 +311,27 @@ def _correspondence(members: Sequence[Member]) -> list[tuple[Layer, ...]]:
             f"{m.task.name!r} has {len(each)} ({', '.join(layer.name for layer in each)})"
             for m, each in zip(members, layers, strict=True)
         )
-        raise InputError(f"the networks differ in depth: {listed}. zip needs equally many linear and convolution layers.")
+        raise InputError(
+            f"the networks differ in depth: {listed}. zip needs equally many linear and convolution layers."
+        )
     if not layers[0]:
         raise InputError("the networks have no linear or convolution layers: there is nothing to zip.")
     return list(zip(*layers, strict=True))
 
 
-def _check_names(plan: SharePlan, layers: Sequence[tuple[Layer, ...]]) -> None:
+def _check_names(argument: str, named: Iterable[str], layers: Sequence[tuple[Layer, ...]]) -> None:
     known = [layer[0].name for layer in layers]
-    for name in plan.named():
+    for name in named:
         if name not in known:
-            raise InputError(f"share names layer {name!r}, which the first network does not have; its layers: {', '.join(known)}.")
+            raise InputError(f"{argument} names layer {name!r}; the first network's layers are {', '.join(known)}.")
+
+
+def _retraining(retrain: int | Mapping[str, int] | Retraining | None) -> Retraining:
+    settings = retrain if isinstance(retrain, Retraining) else Retraining(retrain or 0)
+    steps = settings.steps.values() if isinstance(settings.steps, Mapping) else [settings.steps]
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in steps):
+        raise InputError(f"retrain={retrain!r} must be a number of steps, a dict of steps by layer, or a Retraining.")
+    return settings
 
 
 def _balance(tasks: Sequence[Task], balance: float | Sequence[float] | Mapping[str, float] | None) -> tuple[float, ...]:
@@ -320,8 +344,14 @@ def _balance(tasks: Sequence[Task], balance: float | Sequence[float] | Mapping[s
         balance = [balance[name] for name in names]
     elif isinstance(balance, (int, float)):
         balance = [balance, 1 - balance]
-    if len(balance) != len(tasks) or not all(0 < b < 1 for b in balance) or not math.isclose(sum(balance), 1, abs_tol=1e-6):
-        raise InputError(f"balance {list(balance)} must give each of the {len(tasks)} tasks a weight above 0, summing to 1.")
+    if (
+        len(balance) != len(tasks)
+        or not all(0 < b < 1 for b in balance)
+        or not math.isclose(sum(balance), 1, abs_tol=1e-6)
+    ):
+        raise InputError(
+            f"balance {list(balance)} must give each of the {len(tasks)} tasks a weight above 0, summing to 1."
+        )
     return tuple(float(b) for b in balance)
 
 
@@ -345,7 +375,11 @@ def _max_rows(value: MaxRows) -> MaxRows:
 
 def _plain(settings: Settings, members: Sequence[Member]) -> dict[str, Any]:
     """The settings as JSON can hold them, for the checkpoint."""
-    plain = asdict(settings)
-    plan = plain.pop("plan")
-    share = {type(settings.plan).__name__: {k: dict(v) if isinstance(v, Mapping) else v for k, v in plan.items()}}
-    return {"share": share, **plain, "samples": {member.task.name: member.samples for member in members}}
+    plain = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in ("plan", "retraining")}
+    steps = settings.retraining.steps
+    return {
+        "share": settings.plan.as_dict(),
+        **plain,
+        "retrain": dict(steps) if isinstance(steps, Mapping) else steps,
+        "samples": {member.task.name: member.samples for member in members},
+    }

@@ -80,7 +80,11 @@ def _pointwise(c: Context, node: Node, a: dict[str, Any]) -> Axes:
         for dim, size in enumerate(sizes):
             i = len(shape) - len(sizes) + dim
             if size == shape[i] > 1:  # not where one element is broadcast: that is the same for every unit
-                out[i] = c.lay(source, dim, out[i], f"{op_name(node)} with a fixed order") if seen[i] else c.axes(source)[dim]
+                out[i] = (
+                    c.lay(source, dim, out[i], f"{op_name(node)} with a fixed order")
+                    if seen[i]
+                    else c.axes(source)[dim]
+                )
                 seen[i] = True
     return tuple(out)
 
@@ -184,7 +188,12 @@ def _convolution(c: Context, node: Node, a: dict[str, Any]) -> Axes:
         reads = c.lay(weight, 1, reads, "read in a fixed order")
         rows = c.rows(weight)
     elif groups == inputs:  # depthwise: each input unit has units // groups rows of its own
-        rows = c.lay(weight, 0, None if reads is None else reads.repeat(units // groups), "depthwise over a fixed order")
+        rows = c.lay(
+            weight,
+            0,
+            None if reads is None else reads.repeat(units // groups),
+            "depthwise over a fixed order",
+        )
     else:
         rows = _fixed_groups(c, weight, reads)
     rows = _bias(c, rows, a["bias"])
@@ -309,7 +318,10 @@ RULES: dict[str, Rule] = {
     **_table(_spatial, "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d lp_pool1d lp_pool2d"),
     **_table(_spatial, "max_pool2d_with_indices adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d"),
     **_table(_spatial, "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d"),
-    **_table(_spatial, "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_bicubic2d"),
+    **_table(
+        _spatial,
+        "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_bicubic2d",
+    ),
     **_table(_same, "dropout feature_dropout alpha_dropout feature_alpha_dropout contiguous clone detach alias"),
     **_table(_same, "_to_copy to type_as lift_fresh lift_fresh_copy softmax log_softmax _softmax _log_softmax"),
     **_table(_reduction, "mean sum amax amin max min var std logsumexp prod norm linalg_vector_norm"),

@@ -16,9 +16,7 @@ class LeNet300(nn.Module):
         hidden: units of ``fc1`` and ``fc2``.
     """
 
-    def __init__(
-        self, in_features: int = 784, classes: int = 10, hidden: tuple[int, int] = (300, 100)
-    ) -> None:
+    def __init__(self, in_features: int = 784, classes: int = 10, hidden: tuple[int, int] = (300, 100)) -> None:
         super().__init__()
         self.fc1 = nn.Linear(in_features, hidden[0])
         self.fc2 = nn.Linear(hidden[0], hidden[1])

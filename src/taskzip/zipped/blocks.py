@@ -1,7 +1,7 @@
 """A weight put together from blocks, and modules that use it without knowing (design 2.1, 2.3).
 
-The weights from input group g_in to output group g_out are one Parameter; the tasks in g_in and g_out use it. A block that
-several tasks use is the same Parameter in each of their networks, like any tied weight in torch.
+The weights from input group g_in to output group g_out are one Parameter; the tasks in g_in and g_out use it. A block
+that several tasks use is the same Parameter in each of their networks, like any tied weight in torch.
 """
 
 from __future__ import annotations
@@ -69,6 +69,15 @@ class Blocks(nn.Module):
             order = None if row.order is None else torch.tensor(row.order, device=next(self.parameters()).device)
             self.register_buffer(f"order{i}", order, persistent=False)
 
+    @property
+    def dense_shape(self) -> tuple[int, ...]:
+        """The shape of what calling it gives."""
+        rows = sum(row.blocks[0].shape[0] for row in self.spec.rows)
+        first = self.spec.rows[0].blocks
+        if len(first[0].shape) == 1:
+            return (rows,)
+        return (rows, sum(b.shape[1] if b.inputs is None else b.inputs for b in first), *first[0].shape[2:])
+
     def forward(self) -> Tensor:
         """The dense weight, [units, inputs, *kernel], or the bias, [units]."""
         rows = [self._row(row, getattr(self, f"order{i}")) for i, row in enumerate(self.spec.rows)]
@@ -84,6 +93,7 @@ class Blocks(nn.Module):
         return parameter if block.inputs is None else parameter[:, : block.inputs]
 
     def extra_repr(self) -> str:
+        """The blocks with their shapes, for print(network)."""
         return ", ".join(f"{name}: {'x'.join(map(str, p.shape))}" for name, p in self.named_parameters())
 
 
@@ -98,8 +108,8 @@ class Zipped:
 
 
 @cache
-def zipped_class(original: type[nn.Module], attributes: tuple[str, ...]) -> type[nn.Module]:
-    """A subclass of the module's own class in which the attributes are computed, so that its forward stays the user's."""
+def zipped_class(original: Callable[..., nn.Module], attributes: tuple[str, ...]) -> type[nn.Module]:
+    """A subclass of the module's own class in which the attributes are computed: its forward stays the user's."""
     computed: dict[str, Any] = {attribute: _computed(attribute) for attribute in attributes}
     computed |= {"zipped_attributes": attributes, "original_class": original, "__module__": __name__}
     return type(f"Zipped{original.__name__}", (Zipped, original), computed)

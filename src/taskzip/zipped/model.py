@@ -61,8 +61,9 @@ class History:
 class ZippedModel(nn.Module):
     """One network for several tasks. `zipped["name"]` stands wherever that task's original network stood.
 
-    A block that several tasks share is one `Parameter`, tied like any tied weight in torch: `parameters()` gives it once,
-    gradients of all tasks add up in it, and `.to(...)`, `state_dict()`, `train()`, `eval()` and `copy.deepcopy` work as ever.
+    A block that several tasks share is one `Parameter`, tied like any tied weight in torch: `parameters()` gives it
+    once, gradients of all tasks add up in it, and `.to(...)`, `state_dict()`, `train()`, `eval()` and `copy.deepcopy`
+    work as ever.
     """
 
     def __init__(self, networks: Mapping[str, nn.Module], history: History | None = None) -> None:

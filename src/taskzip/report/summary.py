@@ -1,0 +1,64 @@
+"""The summary of a joint network: one line per layer, in at most 100 columns."""
+
+from __future__ import annotations
+
+import math
+from io import StringIO
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from taskzip.zipped.blocks import installed
+from taskzip.zipped.model import LayerRecord, ZippedModel
+
+WIDTH = 100
+
+
+def summary_table(zipped: ZippedModel) -> str:
+    """Per layer: units of each task, shared units, cost, parameters before and after; then the totals."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_footer=True)
+    before, after = separate_parameters(zipped), zipped.parameter_count()
+    saved = f"{after:,} ({after / before:.0%})" if before else "0"
+    columns = (
+        ("layer", "all parameters"),
+        ("units", ""),
+        ("shared", ""),
+        ("cost", ""),
+        ("before", f"{before:,}"),
+        ("after", saved),
+    )
+    for title, footer in columns:
+        left = title == "layer"
+        table.add_column(
+            title,
+            footer,
+            justify="left" if left else "right",
+            overflow="fold" if left else "ellipsis",
+            no_wrap=not left,
+        )
+    for record in zipped.history.layers:
+        table.add_row(*_row(record))
+    out = StringIO()
+    Console(file=out, width=WIDTH).print(table)
+    lines = [line.rstrip() for line in out.getvalue().splitlines()]
+    notes = [f"{r.name} stays private: {r.note}." for r in zipped.history.layers if r.note]
+    head = f"{' + '.join(zipped)}: {before:,} parameters apart, {after:,} together"
+    return "\n".join([head, *[line for line in lines if line], *notes])
+
+
+def separate_parameters(zipped: ZippedModel) -> int:
+    """Parameters of all tasks' networks if each had its own, dense ones."""
+    total = 0
+    for network in zipped.tasks.values():
+        blocks = installed(network)
+        inside = {p for b in blocks.values() for p in b.parameters()}
+        total += sum(p.numel() for p in set(network.parameters()) - inside)
+        total += sum(math.prod(b.dense_shape) for b in blocks.values())
+    return total
+
+
+def _row(record: LayerRecord) -> tuple[str, ...]:
+    units = " / ".join(map(str, dict.fromkeys(record.units)))
+    cost = f"{record.cost:.3g}" if record.shared else "-"
+    return record.name, units, str(record.shared), cost, f"{record.before:,}", f"{record.after:,}"

@@ -1,0 +1,189 @@
+"""Checkpoints: one safetensors file with every block once, and in its metadata the structure and how it was made."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from taskzip.errors import CheckpointError
+from taskzip.zipped.blocks import Blocks, BlocksSpec, install, installed
+from taskzip.zipped.model import History, ZippedModel
+
+FORMAT = 1
+_KEY = "taskzip"
+
+
+def save(zipped: ZippedModel, path: str | Path) -> None:
+    """Write a joint network to one file, all or nothing.
+
+    Raises:
+        CheckpointError: the file cannot be written; whatever stood at `path` before still stands.
+    """
+    tensors, aliases = _once(zipped)
+    about = {
+        "format": FORMAT,
+        "tasks": {name: _structure_of(network) for name, network in zipped.tasks.items()},
+        "aliases": aliases,
+        "history": zipped.history.as_dict(),
+    }
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        save_file(tensors, part, metadata={_KEY: json.dumps(about)})
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"cannot write {path}: {error}. Check that the folder exists, is writable and has room."
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load(path: str | Path, networks: Mapping[str, nn.Module]) -> ZippedModel:
+    """Read a joint network from a file.
+
+    Args:
+        path: a file that `ZippedModel.save` wrote.
+        networks: per task name, a fresh network of the original class. It is read for its structure only and not
+            changed; the joint network lies on its device.
+
+    Returns:
+        The joint network in eval mode, with outputs bit-identical to those of the saved one.
+
+    Raises:
+        CheckpointError: a file that is absent, torn, foreign or of a later format, or networks that do not fit it.
+    """
+    about, tensors = _read(Path(path))
+    if sorted(networks) != sorted(about["tasks"]):
+        given = ", ".join(networks) or "none"
+        raise CheckpointError(
+            f"{path} holds the tasks {', '.join(about['tasks'])}, but networks were given for {given}."
+        )
+    for name in about["tasks"]:
+        _check_fit(path, name, networks[name], about["tasks"][name])
+    joint = {name: _skeleton(networks[name], structure) for name, structure in about["tasks"].items()}
+    zipped = ZippedModel(joint, History.from_dict(about["history"]))
+    _fill(zipped, tensors, about["aliases"], {name: _device(networks[name]) for name in joint})
+    return zipped.eval()
+
+
+def _once(zipped: ZippedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Every tensor once, and the other names of those that have several."""
+    tensors: dict[str, Tensor] = {}
+    first: dict[int, str] = {}
+    aliases = {}
+    for key, tensor in zipped.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(
+                f"{key} is not a tensor but a {type(tensor).__name__}: such extra state cannot be saved."
+            )
+        if id(tensor) in first:
+            aliases[key] = first[id(tensor)]
+        else:
+            first[id(tensor)] = key
+            tensors[key] = tensor.detach().cpu().contiguous()
+    seen: set[int] = set()
+    for (
+        key,
+        tensor,
+    ) in tensors.items():  # views of one another are two tensors to torch, but one to safetensors
+        start = tensor.untyped_storage().data_ptr()
+        if start in seen:
+            tensors[key] = tensor.clone()
+        seen.add(start)
+    return tensors, aliases
+
+
+def _structure_of(network: nn.Module) -> dict[str, Any]:
+    """Which parameters are blocks, and the dense shapes of everything, by the names of the original architecture."""
+    blocks = installed(network)
+    shapes = {k: list(v.shape) for k, v in network.state_dict().items() if "_blocks." not in k}
+    shapes |= {name: list(block.dense_shape) for name, block in blocks.items()}
+    return {
+        "class": f"{type(network).__module__}.{type(network).__qualname__}",
+        "shapes": shapes,
+        "blocks": {name: block.spec.as_dict() for name, block in blocks.items()},
+    }
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {path}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get(_KEY, "null"))
+            if not isinstance(about, dict) or "format" not in about:
+                raise CheckpointError(f"{path} is a safetensors file, but not a taskzip checkpoint.")
+            if about["format"] > FORMAT:
+                raise CheckpointError(
+                    f"{path} has format {about['format']}, this taskzip reads up to {FORMAT}: upgrade taskzip."
+                )
+            return about, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is torn or not a safetensors file: {error}.") from error
+
+
+def _check_fit(path: str | Path, name: str, network: nn.Module, structure: Mapping[str, Any]) -> None:
+    given = {key: list(tensor.shape) for key, tensor in network.state_dict().items()}
+    saved = structure["shapes"]
+    for key in sorted(saved.keys() | given.keys()):
+        if saved.get(key) != given.get(key):
+            raise CheckpointError(
+                f"{path}, task {name!r}: the network given ({type(network).__name__}) does not fit the one saved "
+                f"({structure['class']}): {key!r} is {_shape(given.get(key))} here, {_shape(saved.get(key))} in the file."
+            )
+
+
+def _shape(shape: list[int] | None) -> str:
+    return "absent" if shape is None else "x".join(map(str, shape)) or "a scalar"
+
+
+def _skeleton(network: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
+    """A copy of a network with blocks in the right places; its tensors are borrowed until `_fill` replaces them all."""
+    kept = {id(tensor): tensor for tensor in network.state_dict(keep_vars=True).values()}
+    skeleton = copy.deepcopy(network, kept)
+    for name, spec in structure["blocks"].items():
+        blocks = BlocksSpec.from_dict(spec)
+        empty = {
+            b.name: nn.Parameter(torch.empty(0), skeleton.get_parameter(name).requires_grad)
+            for row in blocks.rows
+            for b in row.blocks
+        }
+        install(skeleton, name, Blocks(blocks, empty))
+    return skeleton
+
+
+def _fill(
+    zipped: ZippedModel,
+    tensors: Mapping[str, Tensor],
+    aliases: Mapping[str, str],
+    devices: Mapping[str, torch.device],
+) -> None:
+    parameters: dict[str, nn.Parameter] = {}
+    for key, present in list(zipped.state_dict(keep_vars=True).items()):
+        source = aliases.get(key, key)
+        if source not in tensors:
+            raise CheckpointError(f"the checkpoint is incomplete: {source!r} is missing.")
+        tensor = tensors[source].to(devices[key.split(".")[1]])
+        path, _, name = key.rpartition(".")
+        module = zipped.get_submodule(path)
+        if isinstance(present, nn.Parameter):
+            module._parameters[name] = parameters.setdefault(source, nn.Parameter(tensor, present.requires_grad))
+        else:
+            module._buffers[name] = tensor
+    for network in zipped.tasks.values():
+        for blocks in installed(network).values():
+            blocks.to(next(blocks.parameters()).device)
+
+
+def _device(network: nn.Module) -> torch.device:
+    return next(iter(network.state_dict().values()), torch.empty(0)).device

@@ -1,0 +1,356 @@
+"""A slow, literal twin of `taskzip.zip` in float64 NumPy, against which the fast one is checked.
+
+It is written from the equations of the paper (eq. 7 to 12, Algorithm 1) and of design 2.5, and imports nothing of
+taskzip. Two networks, each an `nn.Sequential` of Linear, Conv2d (stride, padding), ReLU, MaxPool2d and Flatten, whose
+weights are copied out once; everything after that is NumPy.
+
+Every layer is a matrix here, [units, inputs * taps + 1], with the bias as the last column (0 where there is none).
+The columns lie input by input, so those that read unit j of the previous layer are a run of equal length for every j:
+the k * k taps of a kernel, the H * W pixels behind a flatten, or one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import nn
+
+
+@dataclass
+class Layer:
+    """One Linear or Conv2d as a matrix."""
+
+    matrix: np.ndarray
+    bias: bool
+    kernel: tuple[int, int] | None = None
+    stride: int = 1
+    padding: int = 0
+
+    @property
+    def units(self) -> int:
+        return len(self.matrix)
+
+    @property
+    def columns(self) -> int:
+        return self.matrix.shape[1] - 1
+
+
+@dataclass
+class Turn:
+    """What happened to one hidden layer: d for all pairs, the pairs, and their summed d."""
+
+    difference: np.ndarray
+    pairs: list[tuple[int, int]]
+
+    @property
+    def cost(self) -> float:
+        return float(sum(self.difference[i, j] for i, j in self.pairs))
+
+
+@dataclass
+class Result:
+    """The zipped networks, and one record per hidden layer."""
+
+    networks: list[Network]
+    turns: list[Turn] = field(default_factory=list)
+
+    def __call__(self, task: int, x: np.ndarray) -> np.ndarray:
+        """The output of one task."""
+        return self.networks[task].run(x)
+
+
+# --- a network and its forward pass -------------------------------------------------------------------------------
+
+
+class Network:
+    """Steps of a Sequential; a weight layer is `("layer", number)`."""
+
+    def __init__(self, steps: list[tuple], layers: list[Layer]) -> None:
+        self.steps = steps
+        self.layers = layers
+
+    @classmethod
+    def of(cls, model: nn.Sequential) -> Network:
+        steps: list[tuple] = []
+        layers: list[Layer] = []
+        for module in model:
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                weight = module.weight.detach().double().numpy()
+                bias = np.zeros(len(weight)) if module.bias is None else module.bias.detach().double().numpy()
+                layer = Layer(np.column_stack([weight.reshape(len(weight), -1), bias]), module.bias is not None)
+                if isinstance(module, nn.Conv2d):
+                    layer.kernel = module.kernel_size
+                    layer.stride, layer.padding = module.stride[0], module.padding[0]
+                steps.append(("layer", len(layers)))
+                layers.append(layer)
+            elif isinstance(module, nn.ReLU):
+                steps.append(("relu",))
+            elif isinstance(module, nn.MaxPool2d):
+                steps.append(("pool", module.kernel_size, module.stride))
+            elif isinstance(module, nn.Flatten):
+                steps.append(("flatten",))
+            else:
+                raise TypeError(f"the twin does not know {module}")
+        return cls(steps, layers)
+
+    def copy(self) -> Network:
+        layers = [Layer(x.matrix.copy(), x.bias, x.kernel, x.stride, x.padding) for x in self.layers]
+        return Network(self.steps, layers)
+
+    def run(self, x: np.ndarray) -> np.ndarray:
+        """The output of the network."""
+        for step in self.steps:
+            x = self._step(step, x)
+        return x
+
+    def rows(self, number: int, x: np.ndarray) -> np.ndarray:
+        """What weight layer `number` reads: one row per sample and output position, each with a last 1."""
+        for step in self.steps:
+            if step == ("layer", number):
+                patches, _ = _patches(self.layers[number], x)
+                return patches
+            x = self._step(step, x)
+        raise IndexError(number)
+
+    def _step(self, step: tuple, x: np.ndarray) -> np.ndarray:
+        if step[0] == "layer":
+            layer = self.layers[step[1]]
+            patches, shape = _patches(layer, x)
+            z = patches @ layer.matrix.T
+            return z if shape is None else z.reshape(*shape, layer.units).transpose(0, 3, 1, 2)
+        if step[0] == "relu":
+            return np.maximum(x, 0.0)
+        if step[0] == "flatten":
+            return x.reshape(len(x), -1)
+        _, size, stride = step
+        samples, channels, height, width = x.shape
+        out = np.empty((samples, channels, (height - size) // stride + 1, (width - size) // stride + 1))
+        for i in range(out.shape[2]):
+            for j in range(out.shape[3]):
+                window = x[:, :, i * stride : i * stride + size, j * stride : j * stride + size]
+                out[:, :, i, j] = window.max(axis=(2, 3))
+        return out
+
+
+def _patches(layer: Layer, x: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int] | None]:
+    """Rows that a layer reads, and for a convolution how they lie: (samples, height, width)."""
+    if layer.kernel is None:
+        return np.column_stack([x, np.ones(len(x))]), None
+    p, s = layer.padding, layer.stride
+    x = np.pad(x, ((0, 0), (0, 0), (p, p), (p, p)))
+    tall, wide = layer.kernel
+    height, width = (x.shape[2] - tall) // s + 1, (x.shape[3] - wide) // s + 1
+    rows = []
+    for sample in x:
+        for i in range(height):
+            for j in range(width):
+                patch = sample[:, i * s : i * s + tall, j * s : j * s + wide]
+                rows.append(np.append(patch.ravel(), 1.0))
+    return np.array(rows), (len(x), height, width)
+
+
+# --- Algorithm 1 --------------------------------------------------------------------------------------------------
+
+
+def zip_twin(
+    models: Sequence[nn.Sequential],
+    data: Sequence[np.ndarray],
+    *,
+    share: float,
+    matching: str,
+    compensate: bool,
+    balance: float = 0.5,
+    damping: float = 1e-2,
+    ridge: float = 1e-3,
+    threshold: float | None = None,
+) -> Result:
+    """Zip two networks.
+
+    Args:
+        models: the networks of task A and task B.
+        data: per task, all its samples.
+        share: the fraction of the smaller layer's units that is shared.
+        matching: "greedy" or "optimal" (exact; exponential in the number of units).
+        compensate: least squares before merging, spread matching after it.
+        balance: alpha of task A.
+        damping, ridge: as in `taskzip.zip`.
+        threshold: with "greedy": stop at the first pair whose d is above it.
+    """
+    original = [Network.of(model) for model in models]
+    result = Result([network.copy() for network in original])
+    zipped = result.networks
+    alpha = (balance, 1 - balance)
+    shared_before: int | None = None  # units of the previous layer that are shared; None for the networks' inputs
+    changed = False
+    for number in range(len(original[0].layers)):
+        x = [zipped[t].rows(number, data[t]) for t in (0, 1)]
+        z = [original[t].rows(number, data[t]) @ original[t].layers[number].matrix.T for t in (0, 1)]
+        layers = [zipped[t].layers[number] for t in (0, 1)]
+        if compensate and changed:
+            for t in (0, 1):
+                layers[t].matrix = _least_squares(x[t], z[t], layers[t], ridge)
+        if number == len(original[0].layers) - 1:
+            return result
+
+        shared = _shared_columns(zipped, number, shared_before)
+        bias = all(layer.bias for layer in layers)
+        w = [_restricted(layers[t].matrix, shared[t], bias) for t in (0, 1)]
+        h = []
+        for t in (0, 1):
+            rows = _restricted(x[t], shared[t], bias)
+            curvature = alpha[t] / len(data[t]) * sum(np.outer(row, row) for row in rows)
+            h.append(curvature + damping * np.mean(np.diag(curvature)) * np.eye(len(curvature)))
+
+        d = _differences(w, h, bias)
+        count = round(share * min(layers[0].units, layers[1].units))
+        pairs = {"greedy": _greedy, "optimal": _optimal}[matching](d, count)
+        if threshold is not None:
+            pairs = [(i, j) for i, j in pairs if d[i, j] <= threshold]
+        pairs.sort()
+        result.turns.append(Turn(d, pairs))
+
+        for i, j in pairs:
+            merged = _merged(w[0][i], w[1][j], h, bias)
+            for t, unit in ((0, i), (1, j)):
+                _put(layers[t].matrix, unit, shared[t], merged, bias)
+            if compensate:
+                _match_spread(layers, (i, j), x, z, alpha, bias)
+        for t in (0, 1):
+            first = [pair[t] for pair in pairs]
+            rest = [unit for unit in range(layers[t].units) if unit not in first]
+            _reorder(zipped[t], number, first + rest)
+        shared_before = len(pairs)
+        changed = changed or len(pairs) > 0
+    raise AssertionError("a network without layers")
+
+
+def _least_squares(x: np.ndarray, z: np.ndarray, layer: Layer, ridge: float) -> np.ndarray:
+    """argmin sum |W x - z|^2 + ridge * mean(diag G) * |W - W_now|^2, as one least-squares problem with more rows."""
+    d = x.shape[1] if layer.bias else x.shape[1] - 1
+    x = x[:, :d]
+    pull = np.sqrt(ridge * np.mean((x**2).sum(0)))
+    now = layer.matrix[:, :d]
+    solution, *_ = np.linalg.lstsq(np.vstack([x, pull * np.eye(d)]), np.vstack([z, pull * now.T]), rcond=None)
+    return np.column_stack([solution.T, layer.matrix[:, d:]])
+
+
+def _shared_columns(networks: Sequence[Network], number: int, shared_before: int | None) -> list[np.ndarray]:
+    """Per task, the columns from shared inputs, without the bias."""
+    found = []
+    for network in networks:
+        layer = network.layers[number]
+        if shared_before is None:
+            found.append(np.arange(layer.columns))
+        else:
+            run = layer.columns // network.layers[number - 1].units
+            found.append(np.arange(shared_before * run))
+    return found
+
+
+def _restricted(matrix: np.ndarray, columns: np.ndarray, bias: bool) -> np.ndarray:
+    return np.column_stack([matrix[:, columns], matrix[:, -1]]) if bias else matrix[:, columns]
+
+
+def _common(sizes: Sequence[int], bias: bool) -> list[np.ndarray]:
+    """Where the columns of each task lie in the larger task's, the bias being last in both."""
+    return [np.append(np.arange(size - 1), max(sizes) - 1) if bias else np.arange(size) for size in sizes]
+
+
+def _differences(w: Sequence[np.ndarray], h: Sequence[np.ndarray], bias: bool) -> np.ndarray:
+    """Eq. 12 for every pair: 1/2 (wA - wB)^T (HA^-1 + HB^-1)^-1 (wA - wB).
+
+    Fictive connections of the task with fewer inputs have curvature 0, so an infinite H^-1: nothing is lost along them,
+    and (HA^-1 + HB^-1)^-1 is that of the other inputs alone, with zeros around it.
+    """
+    at = _common([len(each) for each in h], bias)
+    real = np.intersect1d(*at)
+    inverses = [np.linalg.inv(h[t])[np.ix_(np.isin(at[t], real), np.isin(at[t], real))] for t in (0, 1)]
+    metric = np.linalg.inv(inverses[0] + inverses[1])
+    d = np.empty((len(w[0]), len(w[1])))
+    for i in range(len(w[0])):
+        for j in range(len(w[1])):
+            apart = w[0][i][np.isin(at[0], real)] - w[1][j][np.isin(at[1], real)]
+            d[i, j] = 0.5 * apart @ metric @ apart
+    return d
+
+
+def _greedy(d: np.ndarray, count: int) -> list[tuple[int, int]]:
+    pairs: list[tuple[int, int]] = []
+    while len(pairs) < count:
+        free = [
+            (d[i, j], i, j)
+            for i in range(d.shape[0])
+            for j in range(d.shape[1])
+            if i not in {a for a, _ in pairs} and j not in {b for _, b in pairs}
+        ]
+        _, i, j = min(free)
+        pairs.append((i, j))
+    return pairs
+
+
+def _optimal(d: np.ndarray, count: int) -> list[tuple[int, int]]:
+    """The cheapest `count` pairs, by dynamic programming over the set of B's units that are taken."""
+    best: dict[int, tuple[float, list[tuple[int, int]]]] = {0: (0.0, [])}
+    for i in range(d.shape[0]):
+        after = dict(best)  # unit i stays alone
+        for taken, (cost, pairs) in best.items():
+            for j in range(d.shape[1]):
+                if len(pairs) < count and not taken >> j & 1:
+                    candidate = cost + d[i, j], [*pairs, (i, j)]
+                    if candidate[0] < after.get(taken | 1 << j, (np.inf,))[0]:
+                        after[taken | 1 << j] = candidate
+        best = after
+    return min((c for c in best.values() if len(c[1]) == count), key=lambda c: c[0])[1]
+
+
+def _merged(w_a: np.ndarray, w_b: np.ndarray, h: Sequence[np.ndarray], bias: bool) -> np.ndarray:
+    """Eq. 10 and 11: (HA + HB)^-1 (HA wA + HB wB) over the inputs of the larger task, curvature 0 where there is none."""
+    at = _common([len(each) for each in h], bias)
+    size = max(len(each) for each in h)
+    total, wanted = np.zeros((size, size)), np.zeros(size)
+    for t, w in enumerate((w_a, w_b)):
+        total[np.ix_(at[t], at[t])] += h[t]
+        wanted[at[t]] += h[t] @ w
+    return np.linalg.inv(total) @ wanted
+
+
+def _put(matrix: np.ndarray, unit: int, columns: np.ndarray, merged: np.ndarray, bias: bool) -> None:
+    matrix[unit, columns] = merged[: len(columns)]
+    if bias:
+        matrix[unit, -1] = merged[-1]
+
+
+def _match_spread(
+    layers: Sequence[Layer],
+    units: Sequence[int],
+    x: Sequence[np.ndarray],
+    z: Sequence[np.ndarray],
+    alpha: Sequence[float],
+    bias: bool,
+) -> None:
+    """One scale and one shift per pair, so that variance and mean, averaged over the tasks, are the original ones."""
+    y = [x[t] @ layers[t].matrix[units[t]] for t in (0, 1)]
+    wanted = [z[t][:, units[t]] for t in (0, 1)]
+    scale = np.sqrt(
+        sum(a * each.var() for a, each in zip(alpha, wanted, strict=True))
+        / sum(a * each.var() for a, each in zip(alpha, y, strict=True))
+    )
+    shift = sum(alpha[t] * (wanted[t].mean() - scale * y[t].mean()) for t in (0, 1))
+    for t in (0, 1):
+        layers[t].matrix[units[t]] *= scale
+        if bias:
+            layers[t].matrix[units[t], -1] += shift
+
+
+def _reorder(network: Network, number: int, order: Sequence[int]) -> None:
+    """Put units into this order: rows of their layer, columns of the layer that reads them."""
+    layer, reader = network.layers[number], network.layers[number + 1]
+    layer.matrix = layer.matrix[list(order)]
+    run = reader.columns // layer.units
+    columns = [unit * run + k for unit in order for k in range(run)]
+    reader.matrix = np.column_stack([reader.matrix[:, columns], reader.matrix[:, -1]])
+
+
+Matcher = Callable[[np.ndarray, int], list[tuple[int, int]]]
