@@ -11,7 +11,7 @@ the k * k taps of a kernel, the H * W pixels behind a flatten, or one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -351,6 +351,3 @@ def _reorder(network: Network, number: int, order: Sequence[int]) -> None:
     run = reader.columns // layer.units
     columns = [unit * run + k for unit in order for k in range(run)]
     reader.matrix = np.column_stack([reader.matrix[:, columns], reader.matrix[:, -1]])
-
-
-Matcher = Callable[[np.ndarray, int], list[tuple[int, int]]]

@@ -61,10 +61,29 @@ def damped(h: Float[Tensor, "d d"], damping: float) -> Float[Tensor, "d d"]:
 
 def solve_symmetric(h: Float[Tensor, "d d"], right: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
     """H^-1 right for a positive semidefinite H; where H is singular, which is normal, by its pseudo-inverse."""
-    factor, failed = torch.linalg.cholesky_ex(h)
-    if not failed and factor.diagonal().min() > 1e-7 * factor.diagonal().max():
+    factor = _cholesky(h)
+    if factor is not None:
         return torch.cholesky_solve(right, factor)
+    root = _inverse_root(h)
+    return root.mT @ (root @ right)
+
+
+def whiten(h: Float[Tensor, "d d"], right: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
+    """R right with R^T R = H^-1 (the pseudo-inverse where H is singular), so that whiten(x)^T whiten(y) = x^T H^-1 y."""
+    factor = _cholesky(h)
+    if factor is not None:
+        return torch.linalg.solve_triangular(factor, right, upper=False)
+    return _inverse_root(h) @ right
+
+
+def _cholesky(h: Float[Tensor, "d d"]) -> Float[Tensor, "d d"] | None:
+    """The factor of H, or None where H is singular to working precision."""
+    factor, failed = torch.linalg.cholesky_ex(h)
+    diagonal = factor.diagonal()
+    return None if failed or diagonal.min() < 1e-7 * diagonal.max() else factor
+
+
+def _inverse_root(h: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     values, vectors = torch.linalg.eigh(h)
     keep = values > values[-1] * len(values) * torch.finfo(h.dtype).eps
-    inverse = torch.where(keep, 1 / values.where(keep, torch.ones_like(values)), torch.zeros_like(values))
-    return vectors @ (inverse[:, None] * (vectors.mT @ right))
+    return torch.where(keep, values, torch.inf).rsqrt()[:, None] * vectors.mT

@@ -1,7 +1,8 @@
 """Functional difference: by how much the layer errors of two tasks rise when two units are merged optimally.
 
 Eq. 12 of the paper, d = 1/2 (wA - wB)^T (HA^-1 + HB^-1)^-1 (wA - wB), for all pairs of units at once and without the
-inverse of a curvature, which is often singular: (HA^-1 + HB^-1)^-1 = HA (HA + HB)^-1 HB, the parallel sum.
+inverse of a curvature, which is often singular: M = (HA^-1 + HB^-1)^-1 is HA S^-1 HB with S = HA + HB, the parallel sum,
+and HA S^-1 HB = HA - HA S^-1 HA = HB - HB S^-1 HB, so that only H w, one factor of S and one product of pairs are needed.
 """
 
 from __future__ import annotations
@@ -9,13 +10,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from taskzip.curvature import solve_symmetric
-
-
-def parallel_sum(h_a: Float[Tensor, "d d"], h_b: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
-    """HA (HA + HB)^-1 HB: symmetric, positive semidefinite, defined for singular curvatures too."""
-    product = h_a @ solve_symmetric(h_a + h_b, h_b)
-    return (product + product.mT) / 2
+from taskzip.curvature import whiten
 
 
 def functional_difference(
@@ -27,13 +22,18 @@ def functional_difference(
     """d (eq. 12) between every unit of A and every unit of B.
 
     Args:
-        w_a, w_b: incoming weights, one unit a row, over the d inputs that both tasks share (the bias is one of them).
-        h_a, h_b: the tasks' curvatures over those inputs, weighted by the balance and damped.
+        w_a: incoming weights of A, one unit a row, over the d inputs that both tasks share (the bias is one of them).
+        w_b: those of B.
+        h_a: the curvature of A over those inputs, weighted by the balance and damped.
+        h_b: that of B.
 
     Returns:
         The rise in the balanced layer error, [units of A, units of B]; never negative.
     """
-    metric = parallel_sum(h_a, h_b)
-    towards = w_a @ metric
-    squared = (towards * w_a).sum(1)[:, None] + ((w_b @ metric) * w_b).sum(1)[None, :] - 2 * towards @ w_b.mT
-    return squared.clamp_min_(0).mul_(0.5)
+    total = h_a + h_b
+    pulled_a, pulled_b = h_a @ w_a.mT, h_b @ w_b.mT  # [d, units]
+    white_a, white_b = whiten(total, pulled_a), whiten(total, pulled_b)
+    own_a = (w_a.mT * pulled_a).sum(0) - white_a.square().sum(0)  # wA^T M wA
+    own_b = (w_b.mT * pulled_b).sum(0) - white_b.square().sum(0)
+    both = white_a.mT @ white_b  # wA^T M wB
+    return (own_a[:, None] + own_b[None, :] - 2 * both).clamp_min_(0).mul_(0.5)

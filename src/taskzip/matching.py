@@ -81,16 +81,14 @@ def _optimal(d: np.ndarray, count: int, threshold: float | None) -> tuple[np.nda
         d = np.minimum(d - threshold, 0.0)  # what a pair gains; pairs above the threshold gain nothing and go later
     if count == min(d.shape):
         return linear_sum_assignment(d)
-    # k-cardinality assignment: each real unit left over takes a dummy partner at no cost, and dummies never pair
-    # with each other, so exactly `count` real pairs remain.
-    never = (1.0 + np.abs(d).max()) * 2 * (rows + columns)
-    padded = np.full((rows + columns - count,) * 2, never)
-    padded[:rows, :columns] = d
-    padded[:rows, columns:] = 0.0
-    padded[rows:, :columns] = 0.0
-    a, b = linear_sum_assignment(padded)
-    real = (a < rows) & (b < columns)
-    return a[real], b[real]
+    # k-cardinality assignment: rows - count dummy columns, cheaper than any real one, are all taken, each by a unit of A
+    # that is left over; real columns left over need no partner. Rows that will likely be left over come first, which
+    # spares the solver most of its detours.
+    hardest = np.argsort(-d.min(axis=1), kind="stable")
+    dummies = np.full((rows, rows - count), d.min() - 1.0)
+    a, b = linear_sum_assignment(np.concatenate([d[hardest], dummies], axis=1))
+    real = b < columns
+    return hardest[a[real]], b[real]
 
 
 def _greedy(d: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

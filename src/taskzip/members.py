@@ -93,7 +93,7 @@ class Member:
         return Observer(self.task, self.network, self.samples, max_rows, seed)
 
     def weights(self, layer: Layer) -> Tensor:
-        """All incoming weights of a layer as they are now, float64 [units, inputs * taps + 1], bias last (0 if none)."""
+        """All incoming weights of a layer as they are now, float64 [units, inputs * taps + 1], the bias last."""
         weight = self.network.get_parameter(layer.weight).detach().double().flatten(1)
         bias = weight.new_zeros(len(weight)) if layer.bias is None else self.network.get_parameter(layer.bias).detach()
         return torch.cat([weight, bias[:, None]], dim=1)

@@ -22,9 +22,8 @@ def merge_weights(
         weights: per task, the incoming weights of the paired units, row p of every task belonging to one pair.
         curvatures: per task, H over the same d inputs, weighted by the balance and damped.
     """
+    first = weights[0]
     total = sum(curvatures[1:], start=curvatures[0])
-    wanted = sum(
-        (h @ w.mT for h, w in zip(curvatures[1:], weights[1:], strict=True)),
-        start=curvatures[0] @ weights[0].mT,
-    )
-    return solve_symmetric(total, wanted).mT
+    # w - w_1 = (sum H_t)^-1 sum H_t (w_t - w_1): one product less, and equal weights stay exactly what they are.
+    pull = sum((h @ (w - first).mT for h, w in zip(curvatures[1:], weights[1:], strict=True)), start=first.mT * 0)
+    return first + solve_symmetric(total, pull).mT

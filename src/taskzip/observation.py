@@ -133,7 +133,7 @@ class Observer:
                     self._add(statistics, read, answer.z, layer, samples_in(batch), generator)
         if not statistics.is_finite():
             raise InputError(
-                f"task {self.task.name!r}, layer {layer.name!r}: what it reads is NaN or infinite on the calibration data."
+                f"task {self.task.name!r}, layer {layer.name!r}: its inputs or outputs are NaN or infinite on the data."
             )
         return statistics
 

@@ -62,7 +62,7 @@ class Share:
                 is_count = isinstance(amount, int) and not isinstance(amount, bool)
                 if not _is_number(amount) or amount < 0 or (not is_count and amount > 1):
                     raise InputError(
-                        f"share for layer {layer!r} is {amount!r}: give a fraction (float, 0.0 to 1.0) or a count (int)."
+                        f"share for layer {layer!r} is {amount!r}: give a fraction (float, 0 to 1) or a count (int)."
                     )
         elif not _is_number(self.amount) or not 0 <= self.amount <= 1:
             raise InputError(

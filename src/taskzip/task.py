@@ -97,7 +97,7 @@ class Task:
             tensors = input_tensors(batch)
             if not tensors or any(t.dim() == 0 for t in tensors):
                 raise InputError(
-                    f"task {self.name!r}: batch {index} is a {type(batch).__name__} without a tensor that has a sample axis."
+                    f"task {self.name!r}: batch {index} is a {type(batch).__name__} without a tensor of samples."
                 )
             samples += len(tensors[0])
             if any(t.is_floating_point() and not torch.isfinite(t).all() for t in tensors):

@@ -203,7 +203,7 @@ class _Turn:
         return found
 
     def _comparable(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        """Weights divided by what the batch-norm behind them divides by: a unit's scale must not matter (design 2.4)."""
+        """Weights divided by what batch-norm will divide them by: a unit's scale must not matter (design 2.4)."""
         if not all(layer.batch_norm for layer in self.layers):
             return list(weights)
         return [w / m.batch_norm_scale(x)[:, None] for m, x, w in zip(self.members, self.layers, weights, strict=True)]

@@ -1,15 +1,19 @@
-"""Units that must move together, and units that may change places: union-find with classes.
+"""Which units move together, and which may change places.
 
-Every index of every tensor axis that could be re-ordered carries the id of a *unit*. Two ids that turn out to be the same
-unit are united; units that the network treats alike form a class, and only units of one class may change places. What one
-learns about the network only ever makes classes smaller, so the result does not depend on the order of learning.
+Every index of every tensor axis that could be re-ordered carries the id of a *unit*. While the graph is read, facts are only
+collected: the units of two axes are the same, some never move, an axis is a part of another. `Units.settle` draws the
+conclusions, so they do not depend on the order in which the facts were learned.
+
+To exchange two units means, along every axis, to exchange the first places where they occur, the second ones, and so on. That
+is possible for units that occur equally often along every axis and, where a part of an axis is cut out, with the same
+occurrences inside. Such units form a *class*.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 Ids = np.ndarray
 """int64 array of unit ids, one per index of a tensor axis."""
@@ -19,76 +23,91 @@ PINNED = 0
 
 
 class Units:
-    """All units of one network. Ids are handed out by `fresh`; everything else speaks of arrays of ids."""
+    """What is known of all units of one network. Ids are handed out by `fresh`; the rest speaks of arrays of ids."""
 
     def __init__(self) -> None:
-        self._parent: list[int] = []
-        self._class: list[int] = []
-        self._classes = PINNED + 1
-        self.reasons: dict[int, str] = {}
+        self._count = 0
+        self._same: list[tuple[Ids, Ids]] = []
+        self._parts: list[tuple[Ids, np.ndarray]] = []
+        self._pins: list[tuple[Ids, str]] = []
 
     def fresh(self, count: int) -> Ids:
-        """`count` new units in a class of their own."""
-        start = len(self._parent)
-        self._parent.extend(range(start, start + count))
-        self._class.extend([self._classes] * count)
-        self._classes += 1
-        return np.arange(start, start + count)
+        """An axis of `count` new units."""
+        ids = np.arange(self._count, self._count + count)
+        self._count += count
+        self._parts.append((ids, np.ones(count, bool)))
+        return ids
 
-    def roots(self, ids: Ids) -> Ids:
-        """The ids that stand for these units now."""
-        return np.fromiter((self._root(i) for i in ids.tolist()), np.int64, len(ids))
-
-    def classes(self, ids: Ids) -> np.ndarray:
-        """The class of each unit."""
-        return np.fromiter((self._class[self._root(i)] for i in ids.tolist()), np.int64, len(ids))
+    def unify(self, one: Ids, other: Ids) -> Ids:
+        """Index i of both axes is the same unit, for every i; returns the common axis."""
+        self._same.append((one, other))
+        return one
 
     def pin(self, ids: Ids, reason: str) -> None:
         """These units never move; the first reason given is kept for the person who asks."""
-        for root in set(self.roots(ids).tolist()):
-            self._class[root] = PINNED
-            self.reasons.setdefault(root, reason)
+        self._pins.append((ids, reason))
 
-    def unify(self, one: Ids, other: Ids, reason: str) -> Ids:
-        """Index i of both axes is the same unit, for every i; returns the common ids."""
-        one, other = self.roots(one), self.roots(other)
-        pairs = set(zip(one.tolist(), other.tolist(), strict=True))
-        if len(pairs) > len({a for a, _ in pairs}) or len(pairs) > len({b for _, b in pairs}):
-            self.pin(np.concatenate([one, other]), reason)  # a unit cannot be two units: too entangled to move
-            pairs = {(a, b) for a, b in pairs if self._root(a) != self._root(b)}
-        self._split({a: self._class[b] for a, b in pairs})
-        for a, b in pairs:
-            self._join(a, b)
-        return self.roots(one)
+    def part(self, ids: Ids, inside: np.ndarray) -> Ids:
+        """The part of an axis where the mask `inside` is true, by itself."""
+        self._parts.append((ids, inside))
+        return ids[inside]
 
-    def split(self, ids: Ids, keys: Sequence[Hashable]) -> None:
-        """Units with different keys are not alike, nor like the units of their class that are not named here."""
-        self._split(dict(zip(self.roots(ids).tolist(), keys, strict=True)))
+    def settle(self) -> SettledUnits:
+        """What follows from all that was learned."""
+        root = self._roots()
+        kind = np.full(self._count, PINNED + 1)
+        for ids, inside in self._parts:
+            _split(kind, *_patterns(root[ids], inside))
+        why = np.full(self._count, -1)
+        for index, (ids, _) in reversed(list(enumerate(self._pins))):
+            why[root[ids]] = index
+        kind[why >= 0] = PINNED
+        return SettledUnits(root, kind, why, [reason for _, reason in self._pins])
 
-    def _split(self, keys: dict[int, Hashable]) -> None:
-        new: dict[Hashable, int] = {}
-        for root, key in keys.items():
-            old = self._class[root]
-            if old == PINNED:
-                continue
-            if (old, key) not in new:
-                new[old, key] = self._classes
-                self._classes += 1
-            self._class[root] = new[old, key]
+    def _roots(self) -> Ids:
+        """Per id, the first id of the same unit."""
+        nothing = np.empty(0, np.int64)
+        one = np.concatenate([nothing, *(a for a, _ in self._same)])
+        other = np.concatenate([nothing, *(b for _, b in self._same)])
+        edges = coo_array((np.ones(len(one), bool), (one, other)), shape=(self._count, self._count))
+        _, label = connected_components(edges, directed=False)
+        return np.unique(label, return_index=True)[1][label]
 
-    def _join(self, a: int, b: int) -> None:
-        a, b = self._root(a), self._root(b)
-        if a == b:
-            return
-        if self._class[b] == PINNED and self._class[a] != PINNED:
-            a, b = b, a
-        self._parent[b] = a
-        if b in self.reasons:
-            self.reasons.setdefault(a, self.reasons[b])
 
-    def _root(self, unit: int) -> int:
-        parent = self._parent
-        while parent[unit] != unit:
-            parent[unit] = parent[parent[unit]]
-            unit = parent[unit]
-        return unit
+class SettledUnits:
+    """Per id its unit (the first id of it), per unit its class and, where it is pinned, why."""
+
+    def __init__(self, root: Ids, kind: np.ndarray, why: np.ndarray, reasons: list[str]) -> None:
+        self._root, self._kind, self._why, self._reasons = root, kind, why, reasons
+
+    def roots(self, ids: Ids) -> Ids:
+        """The ids that stand for these units."""
+        return self._root[ids]
+
+    def classes(self, ids: Ids) -> np.ndarray:
+        """The class of each unit."""
+        return self._kind[self._root[ids]]
+
+    def reason(self, ids: Ids) -> str:
+        """Why the first of these units that is pinned may not move, or ""."""
+        pinned = self._why[self._root[ids]]
+        pinned = pinned[pinned >= 0]
+        return self._reasons[pinned[0]] if len(pinned) else ""
+
+
+def _patterns(units: Ids, inside: np.ndarray) -> tuple[Ids, np.ndarray]:
+    """The units along an axis, and for each of them a number that says which of its occurrences are inside."""
+    order = np.argsort(units, kind="stable")
+    found, start, counts = np.unique(units[order], return_index=True, return_counts=True)
+    pattern = np.zeros(len(found), np.int64)
+    for count in np.unique(counts).tolist():
+        alike = counts == count
+        rows = inside[order[start[alike][:, None] + np.arange(count)]]
+        pattern[alike] = pattern.max(initial=0) + 1 + np.unique(rows, axis=0, return_inverse=True)[1].ravel()
+    return found, pattern
+
+
+def _split(kind: np.ndarray, units: Ids, pattern: np.ndarray) -> None:
+    """Units with different patterns are not alike, nor like the units of their class that are not named here."""
+    keys = np.stack([kind[units], pattern])
+    kind[units] = kind.max(initial=0) + 1 + np.unique(keys, axis=1, return_inverse=True)[1].ravel()

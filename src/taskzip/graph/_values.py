@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,65 +36,53 @@ class Call:
 
 
 class Context:
-    """The state of one analysis: units, values of the nodes seen so far, and the layer calls found."""
+    """The state of one analysis: units, values of the nodes seen so far, and the layer calls found.
+
+    Attributes:
+        parameters: the axes of each tensor of the network that may be re-ordered, by its name.
+        calls: every use of a weight by a linear layer or a convolution.
+        norms: every batch-norm, by the node that it reads.
+    """
 
     def __init__(self) -> None:
         self.units = Units()
         self.values: dict[Node, Value | list[Value]] = {}
-        self.parameters: dict[str, list[Ids | None]] = {}
-        self._name_of: dict[Node, str] = {}
-        self._untouched: set[tuple[str, int]] = set()
+        self.parameters: dict[str, Axes] = {}
         self.calls: list[Call] = []
-        self.followed_by: dict[Node, Node] = {}
+        self.norms: dict[Node, list[Node]] = {}
 
     def add_parameter(self, node: Node, name: str) -> None:
         """A tensor of the network that may be re-ordered: new units along every axis; tied weights are one tensor."""
-        self._name_of[node] = name
-        self.values[node] = Value((), raw=True)
         if name not in self.parameters:
-            shape = shape_of(node)
-            self.parameters[name] = [self.units.fresh(size) if size > 1 else None for size in shape]
-            self._untouched |= {(name, dim) for dim in range(len(shape))}
+            self.parameters[name] = tuple(self.units.fresh(n) if n > 1 else None for n in shape_of(node))
+        self.values[node] = Value(self.parameters[name], raw=True)
 
     def axes(self, node: Any) -> Axes:
         """The axes of a tensor argument."""
-        name = self._name_of.get(node)
-        if name is not None:
-            self._untouched -= {(name, dim) for dim in range(len(self.parameters[name]))}
-            return tuple(self.parameters[name])
         value = self.values[node]
         assert isinstance(value, Value)
         return value.axes
-
-    def rows(self, weight: Node, dim: int = 0) -> Ids | None:
-        """One axis of a weight, which stays free to be laid along others."""
-        return self.parameters[self._name_of[weight]][dim] if weight in self._name_of else self.axes(weight)[dim]
-
-    def lay(self, node: Any, dim: int, along: Ids | None, reason: str) -> Ids | None:
-        """Axis `dim` of `node` is in the order of `along` from now on.
-
-        An axis of a parameter that nothing has read before simply takes the units of `along`, which may repeat (after a
-        flatten, H * W columns belong to one unit); any other axis has to be the same unit for unit.
-        """
-        name = self._name_of.get(node)
-        if name is not None and (name, dim) in self._untouched:
-            self._untouched.discard((name, dim))
-            own = self.parameters[name][dim]
-            if along is None:
-                self.pin((own,), reason)
-            elif own is not None:
-                self.parameters[name][dim] = along
-                return along
-            return None
-        axes = self.parameters[name] if name is not None else self.axes(node)
-        return self.unify(axes[dim], along, reason)
 
     def unify(self, one: Ids | None, other: Ids | None, reason: str) -> Ids | None:
         """Two axes are in the same order from now on; if one of them is fixed, so is the other."""
         if one is None or other is None:
             self.pin((one, other), reason)
             return None
-        return self.units.unify(one, other, reason)
+        return self.units.unify(one, other)
+
+    def broadcast(self, nodes: Sequence[tuple[Axes, Sequence[int]]], shape: Sequence[int], reason: str) -> Axes:
+        """The axes of what tensors of these axes and shapes give together, aligned at their last axes.
+
+        Where a tensor has a single element along an axis, that element meets every unit alike.
+        """
+        out: list[Ids | None] = [None] * len(shape)
+        seen = [False] * len(shape)
+        for axes, sizes in nodes:
+            for i, ids, size in zip(range(len(shape) - len(sizes), len(shape)), axes, sizes, strict=True):
+                if size == shape[i] > 1:
+                    out[i] = self.unify(out[i], ids, reason) if seen[i] else ids
+                    seen[i] = True
+        return tuple(out)
 
     def pin(self, axes: Axes, reason: str) -> None:
         """Nothing along these axes moves."""
@@ -103,38 +92,40 @@ class Context:
 
     def pin_value(self, node: Node, reason: str) -> None:
         """Nothing of what `node` gives moves."""
-        value = self.values[node]
-        for axes in [one.axes for one in value] if isinstance(value, list) else [self.axes(node)]:
-            self.pin(axes, reason)
+        for value in flat(self.values[node]):
+            self.pin(value.axes, reason)
 
-    def known(self, ids: Ids | None, size: int, reason: str) -> Ids:
-        """The ids of an axis; for a fixed axis, new ones that never move."""
-        if ids is not None:
-            return ids
-        fixed = self.units.fresh(size)
-        self.units.pin(fixed, reason)
-        return fixed
+    def join(self, parts: Sequence[Ids | None], sizes: Sequence[int], reason: str) -> Ids | None:
+        """An axis made of several end to end; those in a fixed order stay where they are."""
+        if all(ids is None for ids in parts):
+            return None
+        known = []
+        for ids, size in zip(parts, sizes, strict=True):
+            if ids is None:
+                ids = self.units.fresh(size)
+                self.units.pin(ids, reason)
+            known.append(ids)
+        whole = np.concatenate(known)
+        part_of = np.repeat(np.arange(len(sizes)), sizes)
+        for part in range(len(sizes)):
+            self.units.part(whole, part_of == part)
+        return whole
 
-    def take(self, ids: Ids | None, index: Any, reason: str) -> Ids | None:
-        """A part of an axis: the units inside are no longer alike to those outside, and a unit cut in two stays put."""
+    def take(self, ids: Ids | None, index: slice | list[int]) -> Ids | None:
+        """A part of an axis."""
         if ids is None:
             return None
-        part = ids[index]
-        whole = dict(zip(*_counts(self.units.roots(ids)), strict=True))
-        inside = dict(zip(*_counts(self.units.roots(part)), strict=True))
-        cut = [u for u, n in inside.items() if n < whole[u]]
-        if cut:
-            self.units.pin(np.array(cut), reason)
-        if len(inside) < len(whole):
-            self.units.split(part, ["inside"] * len(part))
-        return part
+        inside = np.zeros(len(ids), bool)
+        inside[index] = True
+        part = self.units.part(ids, inside)
+        return part if len(part) > 1 else None
+
+
+def flat(value: Value | list[Value]) -> list[Value]:
+    """The tensors that a node gives."""
+    return value if isinstance(value, list) else [value]
 
 
 def shape_of(node: Any) -> tuple[int, ...]:
     """The shape of the tensor that a node gives."""
     return tuple(int(size) for size in node.meta["val"].shape)
-
-
-def _counts(ids: Ids) -> tuple[list[int], list[int]]:
-    values, counts = np.unique(ids, return_counts=True)
-    return values.tolist(), counts.tolist()

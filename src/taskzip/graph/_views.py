@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -17,6 +18,9 @@ def reshaped(c: Context, axes: Axes, before: tuple[int, ...], after: tuple[int, 
     would lie along two axes at once (heads cut out of a projection, say) it is pinned.
     """
     out: list[Ids | None] = [None] * len(after)
+    if math.prod(before) != math.prod(after) or not math.prod(before):  # the same bytes read as another type; no elements
+        c.pin(axes, reason)
+        return tuple(out)
     for old, new in _groups(before, after):
         carrying = [i for i in old if axes[i] is not None]
         if len(carrying) != 1:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -107,12 +106,16 @@ class Zipped:
         return _new, (self.original_class, self.zipped_attributes), self.__dict__
 
 
-@cache
-def zipped_class(original: Callable[..., nn.Module], attributes: tuple[str, ...]) -> type[nn.Module]:
+_classes: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
+
+
+def zipped_class(original: type[nn.Module], attributes: tuple[str, ...]) -> type[nn.Module]:
     """A subclass of the module's own class in which the attributes are computed: its forward stays the user's."""
-    computed: dict[str, Any] = {attribute: _computed(attribute) for attribute in attributes}
-    computed |= {"zipped_attributes": attributes, "original_class": original, "__module__": __name__}
-    return type(f"Zipped{original.__name__}", (Zipped, original), computed)
+    if (original, attributes) not in _classes:
+        computed: dict[str, Any] = {attribute: _computed(attribute) for attribute in attributes}
+        computed |= {"zipped_attributes": attributes, "original_class": original, "__module__": __name__}
+        _classes[original, attributes] = type(f"Zipped{original.__name__}", (Zipped, original), computed)
+    return _classes[original, attributes]
 
 
 def _computed(attribute: str) -> property:

@@ -139,7 +139,7 @@ def _check_fit(path: str | Path, name: str, network: nn.Module, structure: Mappi
         if saved.get(key) != given.get(key):
             raise CheckpointError(
                 f"{path}, task {name!r}: the network given ({type(network).__name__}) does not fit the one saved "
-                f"({structure['class']}): {key!r} is {_shape(given.get(key))} here, {_shape(saved.get(key))} in the file."
+                f"({structure['class']}): {key!r} is {_shape(given.get(key))}, in the file {_shape(saved.get(key))}."
             )
 
 
