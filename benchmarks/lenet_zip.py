@@ -1,7 +1,7 @@
 """Error after fully sharing LeNets on MNIST, without retraining and without labels, and how long zipping takes.
 
-`TASKZIP_DATA=... python benchmarks/lenet_zip.py` prints the tables of docs/results/lenet.md as Markdown. Calibration uses
-training images only, the errors are those of the 10,000 test images.
+`TASKZIP_DATA=... python benchmarks/lenet_zip.py` prints the tables of docs/results/lenet.md as Markdown. Calibration
+uses training images only, the errors are those of the 10,000 test images.
 """
 
 import time

@@ -1,6 +1,7 @@
 """taskzip: merge trained networks, after training, into one network that does every task (Multi-Task Zipping)."""
 
 from taskzip.errors import CheckpointError, GraphError, InputError, TaskzipError
+from taskzip.inspection import inspect
 from taskzip.plan import Threshold
 from taskzip.retraining import Retraining, retrain
 from taskzip.task import Task
@@ -19,6 +20,7 @@ __all__ = [
     "Threshold",
     "ZippedModel",
     "__version__",
+    "inspect",
     "load",
     "retrain",
     "zip",

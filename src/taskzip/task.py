@@ -67,12 +67,7 @@ class Task:
 
     def run(self, model: nn.Module, batch: Batch) -> Any:
         """Call `model` on a batch the way this task is called."""
-        if self.forward is not None:
-            return self.forward(model, batch)
-        if isinstance(batch, Mapping):
-            return model(**batch)
-        inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
-        return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+        return (self.forward or call)(model, batch)
 
     def targets(self, batch: Batch) -> Any:
         """The targets of a batch, or None where it has none."""
@@ -109,6 +104,14 @@ class Task:
                 f"task {self.name!r}: the calibration data are empty: pass at least one batch with one sample."
             )
         return samples
+
+
+def call(model: nn.Module, batch: Batch) -> Any:
+    """Call a network on a batch: a tensor, `(inputs, targets)` or a dict."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
 
 
 def samples_in(batch: Batch) -> int:

@@ -380,6 +380,7 @@ def _plain(settings: Settings, members: Sequence[Member]) -> dict[str, Any]:
     return {
         "share": settings.plan.as_dict(),
         **plain,
+        "balance": list(settings.balance),
         "retrain": dict(steps) if isinstance(steps, Mapping) else steps,
         "samples": {member.task.name: member.samples for member in members},
     }

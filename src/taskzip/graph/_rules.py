@@ -3,8 +3,8 @@
 A rule reads the axes of its inputs and returns those of its output (a list of them for an op with several outputs). An
 op that is not in the table pins all it touches: it costs sharing, never correctness.
 
-An op that writes into a view of another tensor needs no special care: what it writes is laid along the units of the view, or
-these are pinned, and they are the very units of the tensor behind it.
+An op that writes into a view of another tensor needs no special care: what it writes is laid along the units of the
+view, or these are pinned, and they are the very units of the tensor behind it.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def _same(c: Context, node: Node, a: Arguments) -> Axes:
 
 def _pointwise(c: Context, node: Node, a: Arguments) -> Axes:
     tensors = [source for source in node.all_input_nodes if isinstance(source.meta.get("val"), Tensor)]
-    return c.broadcast([(c.axes(t), shape_of(t)) for t in tensors], shape_of(node), f"{op_name(node)} with a fixed order")
+    reason = f"{op_name(node)} with a fixed order"
+    return c.broadcast([(c.axes(t), shape_of(t)) for t in tensors], shape_of(node), reason)
 
 
 def _prelu(c: Context, node: Node, a: Arguments) -> Axes:
@@ -198,7 +199,8 @@ def _cat(c: Context, node: Node, a: Arguments) -> Axes:
     axes = [c.axes(source) for source in sources]
     dim = a["dim"] % len(axes[0])
     out = _unify_all(c, [(*each[:dim], None, *each[dim + 1 :]) for each in axes], "concatenated with a fixed order")
-    whole = c.join([each[dim] for each in axes], [shape_of(source)[dim] for source in sources], "a fixed part of an axis")
+    sizes = [shape_of(source)[dim] for source in sources]
+    whole = c.join([each[dim] for each in axes], sizes, "a fixed part of an axis")
     return (*out[:dim], whole, *out[dim + 1 :])
 
 
@@ -213,9 +215,11 @@ def _pad(c: Context, node: Node, a: Arguments) -> Axes:
     before, pads = shape_of(a["self"]), a["pad"]
     constant = a.get("mode", "constant") == "constant" and min(pads) >= 0
     for i, low, high in zip(reversed(range(len(axes))), pads[::2], pads[1::2], strict=False):
+        if low == high == 0:
+            continue
         if constant:
             axes[i] = c.join([None, axes[i], None], [low, before[i], high], "padding")
-        elif low or high:
+        else:
             c.pin((axes[i],), "padding along units")
             axes[i] = None
     return tuple(axes)
@@ -243,7 +247,8 @@ def _convolution(c: Context, node: Node, a: Arguments) -> Axes:
         multiplier = shape_of(a["weight"])[0] // groups
         rows = c.unify(None if reads is None else reads.repeat(multiplier), rows, "depthwise over a fixed order")
     else:
-        rows = _fixed_groups(c, weight, reads)
+        rows = None
+        c.pin((*weight, reads), "a grouped convolution")
     _record(c, node, a, f"conv{len(weight) - 2}d", reads, groups)
     return (*axes[:channel], _with_bias(c, rows, a), *[None] * (len(weight) - 2))
 
@@ -251,11 +256,12 @@ def _convolution(c: Context, node: Node, a: Arguments) -> Axes:
 def _transposed_convolution(c: Context, node: Node, a: Arguments) -> Axes:
     axes, weight = c.axes(a["input"]), c.axes(a["weight"])
     channel = _slide(c, axes, weight)
-    rows = weight[1]
     if a["groups"] == 1:
         c.unify(axes[channel], weight[0], "read in a fixed order")
+        rows = weight[1]
     else:
-        rows = _fixed_groups(c, weight, axes[channel])
+        rows = None
+        c.pin((*weight, axes[channel]), "a grouped convolution")
     return (*axes[:channel], _with_bias(c, rows, a), *[None] * (len(weight) - 2))
 
 
@@ -265,10 +271,6 @@ def _slide(c: Context, axes: Axes, weight: Axes) -> int:
     c.pin(weight[2:], "the taps of a kernel")
     c.pin(axes[channel + 1 :], "a convolution slides along it")
     return channel
-
-
-def _fixed_groups(c: Context, weight: Axes, reads: Ids | None) -> None:
-    c.pin((weight[0], weight[1], reads), "a grouped convolution")
 
 
 def _with_bias(c: Context, rows: Ids | None, a: Arguments) -> Ids | None:
@@ -293,7 +295,7 @@ def _matmul(c: Context, node: Node, a: Arguments) -> Axes:
 
 
 def _batch_norm(c: Context, node: Node, a: Arguments) -> Axes:
-    c.norms.setdefault(a["input"], []).append(node)
+    c.norms[a["input"]] = node
     return _norm_of_each(c, node, a)
 
 
@@ -327,7 +329,7 @@ def _layer_norm(c: Context, node: Node, a: Arguments) -> Axes:
 
 
 def _spatial(c: Context, node: Node, a: Arguments) -> Axes | list[Axes]:
-    """Pooling and resizing: along the last one, two or three axes, as the op's name says, the same for each channel."""
+    """Pooling and resizing: along as many of the last axes as the op's name says, the same for each channel."""
     axes = c.axes(_first(a))
     slides = len(axes) - int(next(ch for ch in op_name(node) if ch.isdigit()))
     c.pin(axes[slides:], f"{op_name(node)} slides along it")
@@ -404,7 +406,7 @@ RULES: dict[str, Rule] = {
     **_table(_permute, "permute transpose t mT mH adjoint numpy_T swapaxes swapdims movedim moveaxis"),
     **_table(_expand, "expand expand_as"),
     **_table(_repeat, "repeat"),
-    **_table(_slice, "slice narrow"),
+    **_table(_slice, "slice"),
     **_table(_select, "select"),
     **_table(_unbind, "unbind"),
     **_table(_split, "split split_with_sizes chunk tensor_split"),

@@ -1,12 +1,12 @@
 """Which units move together, and which may change places.
 
-Every index of every tensor axis that could be re-ordered carries the id of a *unit*. While the graph is read, facts are only
-collected: the units of two axes are the same, some never move, an axis is a part of another. `Units.settle` draws the
-conclusions, so they do not depend on the order in which the facts were learned.
+Every index of every tensor axis that could be re-ordered carries the id of a *unit*. While the graph is read, facts
+are only collected: the units of two axes are the same, some never move, an axis is a part of another. `Units.settle`
+draws the conclusions, so they do not depend on the order in which the facts were learned.
 
-To exchange two units means, along every axis, to exchange the first places where they occur, the second ones, and so on. That
-is possible for units that occur equally often along every axis and, where a part of an axis is cut out, with the same
-occurrences inside. Such units form a *class*.
+To exchange two units means, along every axis, to exchange the first places where they occur, the second ones, and so
+on. That is possible for units that occur equally often along every axis and, where a part of an axis is cut out, with
+the same occurrences inside. Such units form a *class*.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ Axes = tuple[Ids | None, ...]
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor in the graph; `raw` as long as no layer has touched it, that is, while it is still the network's input."""
+    """A tensor in the graph; `raw` as long as no layer has touched it: it is still the network's input."""
 
     axes: Axes
     raw: bool = False
@@ -42,6 +42,7 @@ class Context:
         parameters: the axes of each tensor of the network that may be re-ordered, by its name.
         calls: every use of a weight by a linear layer or a convolution.
         norms: every batch-norm, by the node that it reads.
+        names: the name of each tensor of the network, by its node.
     """
 
     def __init__(self) -> None:
@@ -49,10 +50,12 @@ class Context:
         self.values: dict[Node, Value | list[Value]] = {}
         self.parameters: dict[str, Axes] = {}
         self.calls: list[Call] = []
-        self.norms: dict[Node, list[Node]] = {}
+        self.norms: dict[Node, Node] = {}
+        self.names: dict[Node, str] = {}
 
     def add_parameter(self, node: Node, name: str) -> None:
         """A tensor of the network that may be re-ordered: new units along every axis; tied weights are one tensor."""
+        self.names[node] = name
         if name not in self.parameters:
             self.parameters[name] = tuple(self.units.fresh(n) if n > 1 else None for n in shape_of(node))
         self.values[node] = Value(self.parameters[name], raw=True)

@@ -14,11 +14,11 @@ from taskzip.graph._values import Axes, Context
 def reshaped(c: Context, axes: Axes, before: tuple[int, ...], after: tuple[int, ...], reason: str) -> Axes:
     """The axes after a row-major reshape from shape `before` to shape `after`.
 
-    A flattened channel becomes H * W columns that carry its unit; splitting them again gives the channel back. Where a unit
-    would lie along two axes at once (heads cut out of a projection, say) it is pinned.
+    A flattened channel becomes H * W columns that carry its unit; splitting them again gives the channel back. Where
+    a unit would lie along two axes at once (heads cut out of a projection, say) it is pinned.
     """
     out: list[Ids | None] = [None] * len(after)
-    if math.prod(before) != math.prod(after) or not math.prod(before):  # the same bytes read as another type; no elements
+    if math.prod(before) != math.prod(after) or 0 in before:  # the same bytes read as another type; no elements
         c.pin(axes, reason)
         return tuple(out)
     for old, new in _groups(before, after):

@@ -1,13 +1,16 @@
 """What the analysis found: the layers of a network, and the spaces of units that may be re-ordered.
 
-A *space* is a set of units that may change places among each other, together with every axis of every tensor on which they
-lie: the rows of the layer that computes them, the columns of all that read them, batch-norm and so on (design 2.2).
+A *space* is a set of units that may change places among each other, together with every axis of every tensor on
+which they lie: the rows of the layer that computes them, the columns of all that read them, batch-norm and so on
+(design 2.2).
 """
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -73,10 +76,10 @@ class Space:
 
     def positions(self, ids: Ids) -> np.ndarray:
         """Where the units lie along an axis: [units, times each unit occurs], empty where they do not."""
-        slot_of = {unit: slot for slot, unit in enumerate(self.units.tolist())}
-        slots = np.array([slot_of.get(unit, -1) for unit in ids.tolist()])
-        here = np.flatnonzero(slots >= 0)
-        return here[np.argsort(slots[here], kind="stable")].reshape(len(self.units), -1)
+        order = np.argsort(self.units)
+        slots = order[np.searchsorted(self.units, ids, sorter=order).clip(max=len(order) - 1)]
+        here = np.flatnonzero(self.units[slots] == ids)
+        return here[np.argsort(slots[here], kind="stable")].reshape(len(order), -1)
 
 
 @dataclass(frozen=True)
@@ -97,62 +100,52 @@ class Structure:
 
     def space_of(self, columns: Ids) -> np.ndarray:
         """Per column, the space that it reads, or -1 for a unit that never moves."""
-        owner = {unit: index for index, space in enumerate(self.spaces) for unit in space.units.tolist()}
-        return np.array([owner.get(unit, -1) for unit in columns.tolist()], dtype=np.int64)
+        found = np.full(len(columns), -1, np.int64)
+        for index, space in enumerate(self.spaces):
+            found[np.isin(columns, space.units)] = index
+        return found
 
     def reorder(self, model: nn.Module, space: int, order: Sequence[int] | np.ndarray) -> None:
         """Put unit `order[k]` of a space into place k, in every tensor of `model` on which the space lies."""
         tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         for name, axes in self.axes.items():
-            if name not in tensors:
-                continue
             for dim, ids in enumerate(axes):
-                positions = self.spaces[space].positions(ids) if ids is not None else np.empty((0, 0), np.int64)
+                if ids is None or name not in tensors:
+                    continue
+                positions = self.spaces[space].positions(ids)
                 if positions.size:
-                    index = np.arange(len(ids))  # type: ignore[arg-type]
+                    index = np.arange(len(ids))
                     index[positions.ravel()] = positions[np.asarray(order)].ravel()
                     _permute(tensors[name], dim, index)
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=100, record=True, file=_Nowhere())
-        console.print(_table(self))
-        return console.export_text().rstrip()
+        rows = [("layer", "kind", "units", "reads", "space", "shareable")]
+        for layer in self.layers:
+            kind = layer.kind + (" " + "x".join(map(str, layer.kernel)) if layer.kernel else "")
+            space = "-" if layer.space is None else f"s{layer.space}"
+            rows.append((layer.name, kind, str(layer.units), _reads(self, layer), space, layer.pinned or "yes"))
+        return _table(rows)
 
 
 def _permute(tensor: Tensor, dim: int, index: np.ndarray) -> None:
     tensor.data = tensor.data.index_select(dim, torch.from_numpy(index).to(tensor.device))
 
 
-class _Nowhere:
-    """A file that keeps nothing: the table is recorded, not shown."""
-
-    def write(self, text: str) -> int:
-        return len(text)
-
-    def flush(self) -> None:
-        pass
-
-
-def _table(structure: Structure) -> object:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for title in ("layer", "kind", "units", "reads", "space", "shareable"):
-        table.add_column(title, justify="right" if title == "units" else "left", overflow="fold")
-    for layer in structure.layers:
-        kind = layer.kind + (" " + "x".join(map(str, layer.kernel)) if layer.kernel else "")
-        space = "-" if layer.space is None else f"s{layer.space}"
-        table.add_row(layer.name, kind, str(layer.units), _reads(structure, layer), space, layer.pinned or "yes")
-    return table
-
-
 def _reads(structure: Structure, layer: Layer) -> str:
     if layer.columns is None:
         return f"{layer.inputs} inputs" if layer.reads_input else f"{layer.inputs} in fixed order"
-    counts = {}
-    for space in structure.space_of(layer.columns).tolist():
-        counts[space] = counts.get(space, 0) + 1
-    return " + ".join(f"{n} of {'fixed' if s < 0 else f's{s}'}" for s, n in counts.items())
+    spaces, first, counts = np.unique(structure.space_of(layer.columns), return_index=True, return_counts=True)
+    return " + ".join(f"{counts[i]} of {'fixed' if spaces[i] < 0 else f's{spaces[i]}'}" for i in np.argsort(first))
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """At most 100 columns, two spaces between them; a cell that is too wide goes on in the next line."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for wide, most in ((0, 28), (3, 20), (5, 19)):
+        widths[wide] = min(widths[wide], max(most, _WIDTH - 10 - sum(widths) + widths[wide]))
+    lines = []
+    for row in rows:
+        cells = [textwrap.wrap(cell, width, break_on_hyphens=False) for cell, width in zip(row, widths, strict=True)]
+        for parts in zip_longest(*cells, fillvalue=""):
+            lines.append("  ".join(part.ljust(width) for part, width in zip(parts, widths, strict=True)).rstrip())
+    return "\n".join(lines)
