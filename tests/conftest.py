@@ -11,7 +11,7 @@ from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `from twin import ...`: the import mode leaves the path alone
 
-settings.register_profile("taskzip", deadline=None, derandomize=True, max_examples=60)
+settings.register_profile("taskzip", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("taskzip")
 
 

@@ -15,7 +15,7 @@ from taskzip.matching import Pairs, match
 
 SHAPES = st.tuples(st.integers(1, 5), st.integers(1, 5))
 # Small whole numbers give many ties; the others give none.
-VALUES = st.integers(0, 4).map(float) | st.floats(0, 1e6, allow_subnormal=False)
+VALUES = st.integers(0, 4).map(float) | st.floats(1e-3, 1e6)
 MATRICES = SHAPES.flatmap(lambda shape: arrays(np.float64, shape, elements=VALUES))
 
 
@@ -28,6 +28,11 @@ def matchings(rows: int, columns: int, size: int) -> list[tuple[tuple[int, ...],
 
 def cheapest(d: np.ndarray, size: int) -> float:
     return min(sum(d[i, j] for i, j in zip(a, b, strict=True)) for a, b in matchings(*d.shape, size))
+
+
+def rounding(d: np.ndarray) -> float:
+    """How exactly a solver can know a sum: relative to the largest d."""
+    return 1e-13 * float(d.max())
 
 
 def literally_greedy(d: np.ndarray, count: int) -> list[tuple[int, int]]:
@@ -55,7 +60,7 @@ def test_optimal_is_what_brute_force_finds(d: np.ndarray, data: st.DataObject) -
     pairs = match(torch.from_numpy(d), count=count)
     assert_is_matching(pairs, d)
     assert len(pairs.a) == count
-    assert pairs.cost.sum().item() == pytest.approx(cheapest(d, count), rel=1e-12, abs=1e-12)
+    assert pairs.cost.sum().item() == pytest.approx(cheapest(d, count), rel=1e-12, abs=rounding(d))
 
 
 @given(MATRICES, st.data())
@@ -78,21 +83,21 @@ def test_greedy_is_the_literal_loop_where_it_takes_several_chunks(shape: tuple[i
 def test_optimal_costs_at_most_greedy_and_random(d: np.ndarray, data: st.DataObject) -> None:
     count = data.draw(st.integers(0, min(d.shape)))
     costs = {m: match(torch.from_numpy(d), count=count, method=m).cost.sum() for m in ("optimal", "greedy", "random")}
-    assert costs["optimal"] <= costs["greedy"] * (1 + 1e-12)
-    assert costs["optimal"] <= costs["random"] * (1 + 1e-12)
+    assert costs["optimal"] <= costs["greedy"] + rounding(d)
+    assert costs["optimal"] <= costs["random"] + rounding(d)
 
 
 @given(MATRICES)
 def test_the_cheapest_pairs_cost_more_the_more_there_are(d: np.ndarray) -> None:
     costs = [match(torch.from_numpy(d), count=count).cost.sum().item() for count in range(min(d.shape) + 1)]
-    assert all(after >= before * (1 - 1e-12) for before, after in itertools.pairwise(costs))
+    assert all(after >= before - rounding(d) for before, after in itertools.pairwise(costs))
 
 
 @given(MATRICES)
 def test_swapping_the_tasks_swaps_the_pairs(d: np.ndarray) -> None:
     for count in range(min(d.shape) + 1):
         one, other = (match(torch.from_numpy(m.copy()), count=count) for m in (d, d.T))
-        assert one.cost.sum().item() == pytest.approx(other.cost.sum().item(), rel=1e-12, abs=1e-12)
+        assert one.cost.sum().item() == pytest.approx(other.cost.sum().item(), rel=1e-12, abs=rounding(d))
 
 
 @given(MATRICES, st.integers(0, 4).map(float))
@@ -111,7 +116,7 @@ def test_optimal_with_a_threshold_gains_most(d: np.ndarray, threshold: float, da
     assert len(pairs.a) <= count
     assert (pairs.cost <= threshold).all()
     least = min(cheapest(d - threshold, size) for size in range(count + 1))
-    assert (pairs.cost - threshold).sum().item() == pytest.approx(least, rel=1e-9, abs=1e-9)
+    assert (pairs.cost - threshold).sum().item() == pytest.approx(least, rel=1e-9, abs=1e-7)
 
 
 @pytest.mark.parametrize("method", ["optimal", "greedy"])
@@ -155,7 +160,24 @@ def test_no_pairs(method: Any, shape: tuple[int, int]) -> None:
 def test_huge_and_tiny_differences_together() -> None:
     d = torch.rand(6, 8, dtype=torch.float64) * 10.0 ** torch.randint(-12, 12, (6, 8))
     for count in range(5):
-        assert match(d, count=count).cost.sum().item() == pytest.approx(cheapest(d.numpy(), count), rel=1e-9)
+        assert match(d, count=count).cost.sum().item() == pytest.approx(
+            cheapest(d.numpy(), count), abs=rounding(d.numpy())
+        )
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e-9, 1e9, 1e18])
+@pytest.mark.parametrize("shape", [(6, 7), (7, 5)])
+def test_the_scale_of_the_differences_does_not_matter(scale: float, shape: tuple[int, int]) -> None:
+    d = torch.rand(*shape, dtype=torch.float64) + 1
+    for count in range(1, 5):
+        pairs = match(scale * d, count=count)
+        assert len(pairs.a) == count
+        assert d[pairs.a, pairs.b].sum().item() == pytest.approx(cheapest(d.numpy(), count), rel=1e-12)
+
+
+def test_equal_differences() -> None:
+    for value in (0.0, 1.0, 1e20):
+        assert len(match(torch.full((5, 6), value, dtype=torch.float64), count=3).a) == 3
 
 
 def test_random_depends_on_the_seed_alone() -> None:

@@ -87,5 +87,5 @@ def test_an_input_that_one_task_never_reads_takes_the_other_weight() -> None:
 
 
 def test_as_many_weights_as_curvatures() -> None:
-    with pytest.raises(ValueError, match="shorter|longer"):
+    with pytest.raises(ValueError, match=r"shorter|longer"):
         merge_weights([weights(2, 3), weights(2, 3)], [curvature(3)])

@@ -77,9 +77,9 @@ def test_threshold_by_layer() -> None:
 
 @pytest.mark.parametrize("eps", [-1e-9, float("nan"), float("inf"), "small", None, True])
 def test_what_is_no_threshold(eps: Any) -> None:
-    with pytest.raises(InputError, match="Threshold for all layers: .* is not a number >= 0"):
+    with pytest.raises(InputError, match=r"Threshold for all layers: .* is not a number >= 0"):
         Threshold(eps)
-    with pytest.raises(InputError, match="Threshold for fc: .* is not a number >= 0"):
+    with pytest.raises(InputError, match=r"Threshold for fc: .* is not a number >= 0"):
         Threshold({"conv": 0.1, "fc": eps})
 
 

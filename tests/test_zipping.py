@@ -119,7 +119,7 @@ def no_bias() -> tuple[list[nn.Sequential], list[Tensor], list[int]]:
     return [cnn(1, bias=False), cnn(1)], [images(14), images(18)], [6, 9]
 
 
-CASES = [same_fc, uneven_fc, wider_first, uneven_cnn, rgb_and_grey, no_bias]
+CASES = [uneven_fc, wider_first, uneven_cnn, rgb_and_grey, no_bias]
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
@@ -218,6 +218,52 @@ def test_merging_with_itself_changes_nothing(make: Callable[[], nn.Sequential], 
     model, x = make().eval(), images(30)
     x = x.flatten(1) if isinstance(model[0], nn.Linear) else x
     zipped = run_zip([model, copy.deepcopy(model)], [[x], [x]], share=share)
+    for name in "ab":
+        assert_close(zipped[name](x), model(x), 1e-8)
+
+
+class Twice(nn.Module):
+    """Its hidden layers run twice."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 5)
+        self.act = nn.ReLU(inplace)
+        self.out = nn.Linear(10, 3)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.act(self.second(self.act(self.first(x))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.cat([self.body(x), self.body(1 - x)], dim=1))
+
+
+class Attention(nn.Module):
+    """The projections of `nn.MultiheadAttention` are called deep inside torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        return self.out(self.attention(x, x, x, need_weights=False)[0])
+
+
+@pytest.mark.parametrize(
+    "make, x",
+    [
+        (lambda: Twice(inplace=False), vectors(30, 4)),
+        (lambda: Twice(inplace=True), vectors(30, 4)),
+        (Attention, vectors(60, 4).reshape(12, 5, 4)),
+    ],
+)
+def test_merging_with_itself_changes_nothing_in_other_networks(make: Callable[[], nn.Module], x: Tensor) -> None:
+    model = make().to(DOUBLE)
+    zipped = run_zip([model, copy.deepcopy(model)], [[x], [x]])
+    assert zipped.history.layers[0].shared == zipped.history.layers[0].units[0]
     for name in "ab":
         assert_close(zipped[name](x), model(x), 1e-8)
 
@@ -326,7 +372,7 @@ def test_a_layer_may_be_shared_behind_one_that_is_not() -> None:
         run_zip(models, data, share={"2": 3})
 
 
-@pytest.mark.parametrize("matching", ["greedy", "optimal", "random"])
+@pytest.mark.parametrize("matching", ["optimal", "random"])
 def test_the_same_seed_gives_the_same_result(matching: str) -> None:
     models, data, _ = uneven_cnn()
     options = {"matching": matching, "max_rows": 40, "share": 0.6}
@@ -354,7 +400,7 @@ def test_layers_of_different_shape_stay_private() -> None:
 
 
 def test_half_the_pixels_behind_the_flatten_differ() -> None:
-    """Kernels that one network reads 4 times and the other 9 times have no common columns; the convolution is shared."""
+    """Kernels read 4 times by one network and 9 times by the other have no common columns behind the flatten."""
     other = nn.Sequential(*cnn())
     other[6] = nn.Linear(5 * 9, 6, dtype=DOUBLE)
     large = torch.randn(9, 1, 13, 13, dtype=DOUBLE)
@@ -500,6 +546,22 @@ def test_the_models_are_left_exactly_as_they_were(compensate: bool) -> None:
     assert not any(module.training for module in zipped.modules())
 
 
+def test_a_network_that_counts_its_calls_is_left_as_it_was() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = fc(4, 6, 5, 3)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.body(x)
+
+    models = [Counts(), Counts()]
+    run_zip(models, [[vectors(20, 4)], [vectors(20, 4)]])
+    assert [model.calls.item() for model in models] == [0, 0]
+
+
 def test_the_data_are_left_as_they_were() -> None:
     data = [[vectors(10, 4)], [vectors(10, 4)]]
     before = copy.deepcopy(data)
@@ -510,8 +572,16 @@ def test_the_data_are_left_as_they_were() -> None:
 def test_an_empty_batch_among_others_is_skipped() -> None:
     models, x, y = [fc(4, 6, 5, 3), fc(4, 6, 5, 3)], vectors(20, 4), vectors(20, 4)
     wanted = run_zip(models, [[x], [y]])
-    zipped = run_zip(models, [[x, x[:0]], [y]])
-    assert_close(zipped["a"](x), wanted["a"](x), 1e-9)
+    for data in ([x, x[:0]], [x[:0], x]):
+        zipped = run_zip(models, [data, [y]])
+        assert_close(zipped["a"](x), wanted["a"](x), 1e-9)
+
+
+@pytest.mark.parametrize("name", ["spec", "order0", "order1", "weight", "0", "x-y"])
+def test_tasks_may_have_any_name_that_task_takes(name: str) -> None:
+    tasks = [tz.Task(each, fc(4, 6, 5, 3), [vectors(20, 4)]) for each in (name, "b")]
+    zipped = tz.zip(tasks, share=0.5, progress=False)
+    assert set(zipped) == {name, "b"}
 
 
 @pytest.mark.parametrize("max_rows", ["auto", 100, None])
@@ -640,7 +710,7 @@ def test_an_activation_that_overflows_on_a_later_batch() -> None:
     with torch.no_grad():
         a.model[0].weight.fill_(1e10)
     data = [vectors(6, 4), torch.full((2, 4), 1e300, dtype=DOUBLE)]
-    rejected([tz.Task("a", a.model, data), b], "task 'a', layer '0': what it reads is NaN or infinite")
+    rejected([tz.Task("a", a.model, data), b], "task 'a', layer '0': .* NaN or infinite")
 
 
 def test_outputs_that_are_not_numbers() -> None:
@@ -686,7 +756,8 @@ def test_an_unknown_layer_name() -> None:
 
 
 def test_a_count_above_the_units() -> None:
-    rejected(fc_tasks(), "share for layer '2' asks for 6 shared units, but the smaller network has 5", share={"0": 6, "2": 6})
+    message = "share for layer '2' asks for 6 shared units, but the smaller network has 5"
+    rejected(fc_tasks(), message, share={"0": 6, "2": 6})
 
 
 def test_sharing_the_output_layer() -> None:
@@ -706,6 +777,11 @@ def test_a_balance_for_other_tasks() -> None:
     rejected(fc_tasks(), "balance names a, x, but the tasks are a, b", balance={"a": 0.5, "x": 0.5})
 
 
+@pytest.mark.parametrize("seed", [-1, "x", 0.5, None])
+def test_a_seed_that_is_no_seed(seed: Any) -> None:
+    rejected(fc_tasks(), "seed", seed=seed)
+
+
 @pytest.mark.parametrize("balance", ["half", object()])
 def test_a_balance_that_is_no_number(balance: Any) -> None:
     rejected(fc_tasks(), "balance", balance=balance)
@@ -715,7 +791,7 @@ def test_the_forms_of_balance_agree() -> None:
     models, data, _ = same_fc()
     results = [
         run_zip(models, [[each] for each in data], balance=balance)["a"](data[0])
-        for balance in (0.3, [0.3, 0.7], (0.3, 0.7), {"b": 0.7, "a": 0.3})
+        for balance in (0.3, np.float64(0.3), [0.3, 0.7], (0.3, 0.7), np.array([0.3, 0.7]), {"b": 0.7, "a": 0.3})
     ]
     assert all(torch.equal(each, results[0]) for each in results)
 

@@ -306,7 +306,7 @@ def _optimal(d: np.ndarray, count: int) -> list[tuple[int, int]]:
 
 
 def _merged(w_a: np.ndarray, w_b: np.ndarray, h: Sequence[np.ndarray], bias: bool) -> np.ndarray:
-    """Eq. 10 and 11: (HA + HB)^-1 (HA wA + HB wB) over the inputs of the larger task, curvature 0 where there is none."""
+    """Eq. 10 and 11: (HA + HB)^-1 (HA wA + HB wB) over the inputs of the larger task; 0 where one has none."""
     at = _common([len(each) for each in h], bias)
     size = max(len(each) for each in h)
     total, wanted = np.zeros((size, size)), np.zeros(size)

@@ -1,8 +1,9 @@
 """Functional difference: by how much the layer errors of two tasks rise when two units are merged optimally.
 
 Eq. 12 of the paper, d = 1/2 (wA - wB)^T (HA^-1 + HB^-1)^-1 (wA - wB), for all pairs of units at once and without the
-inverse of a curvature, which is often singular: M = (HA^-1 + HB^-1)^-1 is HA S^-1 HB with S = HA + HB, the parallel sum,
-and HA S^-1 HB = HA - HA S^-1 HA = HB - HB S^-1 HB, so that only H w, one factor of S and one product of pairs are needed.
+inverse of a curvature, which is often singular: M = (HA^-1 + HB^-1)^-1 is HA S^-1 HB with S = HA + HB, the parallel
+sum, and HA S^-1 HB = HA - HA S^-1 HA = HB - HB S^-1 HB, so that only H w, one factor of S and one product of pairs are
+needed.
 """
 
 from __future__ import annotations

@@ -78,14 +78,16 @@ def _optimal(d: np.ndarray, count: int, threshold: float | None) -> tuple[np.nda
     if count == 0:
         return _no_pairs()
     if threshold is not None:
-        d = np.minimum(d - threshold, 0.0)  # what a pair gains; pairs above the threshold gain nothing and go later
+        # What a pair gains, with a grain more, so that a pair exactly at the threshold gains something too; pairs above
+        # gain nothing and are dropped by `match`.
+        d = np.where(d <= threshold, d - threshold - (1e-12 * threshold or 1.0), 0.0)
     if count == min(d.shape):
         return linear_sum_assignment(d)
-    # k-cardinality assignment: rows - count dummy columns, cheaper than any real one, are all taken, each by a unit of A
-    # that is left over; real columns left over need no partner. Rows that will likely be left over come first, which
+    # k-cardinality assignment: rows - count dummy columns, cheaper than any real one, are all taken, each by a unit of
+    # A that is left over; real columns left over need no partner. Rows that will likely be left over come first, which
     # spares the solver most of its detours.
     hardest = np.argsort(-d.min(axis=1), kind="stable")
-    dummies = np.full((rows, rows - count), d.min() - 1.0)
+    dummies = np.full((rows, rows - count), d.min() - (np.ptp(d) or abs(d.max()) or 1.0))
     a, b = linear_sum_assignment(np.concatenate([d[hardest], dummies], axis=1))
     real = b < columns
     return hardest[a[real]], b[real]
@@ -98,7 +100,7 @@ def _greedy(d: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     a: list[int] = []
     b: list[int] = []
     ascending = np.argsort(d, axis=None, kind="stable")
-    step = 16 * max(d.shape)  # candidates already spoken for are dropped a chunk at a time, not one by one
+    step = 16 * max(1, *d.shape)  # candidates already spoken for are dropped a chunk at a time, not one by one
     for start in range(0, ascending.size, step):
         i, j = np.divmod(ascending[start : start + step], columns)
         open_ = free_a[i] & free_b[j]

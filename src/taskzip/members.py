@@ -66,6 +66,10 @@ class Member:
         orders = [rng.permutation(len(space.units)) for space in self.structure.spaces]
         with evaluating(self.network):
             wanted = run_batch(self.task, self.network, self._first_batch, 0)
+        if any(isinstance(y, Tensor) and y.isnan().any() for y in pytree.tree_leaves(wanted)):
+            raise InputError(
+                f"task {self.task.name!r}: the network's own outputs are NaN or infinite on the first batch."
+            )
         if self._agrees(orders, range(len(orders)), wanted):
             return
         for space in range(len(orders)):
@@ -152,4 +156,8 @@ class Member:
 def _close(a: Tensor, b: Tensor) -> bool:
     if not a.is_floating_point():
         return bool((a == b).all())
-    return bool((a - b).abs().max() <= _ROUNDING.get(a.dtype, 5e-2) * a.abs().max()) if a.numel() else True
+    apart = a != b  # equal infinities are equal
+    if not apart.any():
+        return True
+    largest = a[a.isfinite()].abs().max() if a.isfinite().any() else a.new_zeros(())
+    return bool((a - b)[apart].abs().max() <= _ROUNDING.get(a.dtype, 5e-2) * largest)

@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from types import FunctionType, ModuleType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,16 +20,18 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from taskzip.curvature import LayerStatistics
-from taskzip.errors import InputError
+from taskzip.errors import GraphError, InputError
 from taskzip.graph import Layer
-from taskzip.task import Batch, Task, input_tensors, samples_in
+from taskzip.task import Batch, Task, device_of, input_tensors, samples_in
 
 MaxRows = int | Literal["auto"] | None
 
 AUTO_ROWS_PER_INPUT = 50
 """With max_rows="auto": rows sampled per column of the curvature (design 2.6 says 20 to 50)."""
 
-_CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
+_linear = F.linear
+_CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
+_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _CHUNK_ELEMENTS = 2**25  # values of one batch's patches that are held at once
 
 
@@ -44,7 +48,11 @@ class _Read(NamedTuple):
 
 
 class _Recorder(TorchFunctionMode):
-    """Keeps the calls that are given a certain weight, and stops the forward pass after the last of them."""
+    """Keeps the calls that are given a certain weight, and stops the forward pass after the last of them.
+
+    Functions that torch writes in Python on top of others, `multi_head_attention_forward` for one, run with the mode
+    off; inside them `linear` is caught by its name.
+    """
 
     def __init__(self, weight: Tensor, calls: int) -> None:
         super().__init__()
@@ -54,27 +62,45 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is _linear:
+            return self._keep(func, {}, *args, **kwargs)
+        if func in _CONVOLUTIONS:
+            return self._keep(func, {"stride": 1, "padding": 0, "dilation": 1}, *args, **kwargs)
+        if isinstance(func, FunctionType):
+            with _replaced(F, "linear", partial(self._keep, _linear, {})):
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _keep(self, func: Callable[..., Tensor], slide: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         result = func(*args, **kwargs)
-        if func is F.linear or func in _CONVOLUTIONS:
-            names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-            given = dict(zip(names, args, strict=False)) | kwargs
-            if given["weight"] is self.weight:
-                slide = None
-                if func is not F.linear:
-                    slide = {
-                        name: given.get(name, default)
-                        for name, default in (("stride", 1), ("padding", 0), ("dilation", 1))
-                    }
-                self.reads.append(_Read(given["input"], result, slide))
-                if len(self.reads) == self.calls:
-                    raise _Reached
+        given = slide | dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+        if given["weight"] is self.weight:
+            read = _Read(given["input"], result, {name: given[name] for name in slide} or None)
+            last = len(self.reads) + 1 == self.calls
+            # What comes after may write into these tensors in place.
+            self.reads.append(read if last else read._replace(x=read.x.clone(), z=read.z.clone()))
+            if last:
+                raise _Reached
         return result
 
 
 @contextmanager
+def _replaced(module: ModuleType, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    original = getattr(module, name)
+    setattr(module, name, function)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
+
+
+@contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Run models in eval mode without gradients, and leave every module's mode as it was."""
-    modes = {module: module.training for model in models for module in model.modules()}
+    """Run models in eval mode without gradients, and leave every module's mode and buffers as they were."""
+    modules = {module for model in models for module in model.modules()}
+    modes = {module: module.training for module in modules}
+    buffers = [(module, dict(module._buffers)) for module in modules if module._buffers]
+    values = {b: b.detach().clone() for _, each in buffers for b in each.values() if b is not None}
     try:
         for model in models:
             model.eval()
@@ -83,6 +109,11 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+        for module, each in buffers:
+            module._buffers.update(each)
+        with torch.no_grad():
+            for buffer, value in values.items():
+                buffer.copy_(value)
 
 
 def run_batch(task: Task, model: nn.Module, batch: Batch, index: int) -> Any:
@@ -121,14 +152,12 @@ class Observer:
         Raises:
             InputError: inputs that are not finite, or a network that fails on its data.
         """
-        weight = self.network.get_parameter(layer.weight)
-        original = self.task.model.get_parameter(layer.weight)
         generator = torch.Generator().manual_seed(self.seed)
-        statistics = LayerStatistics(layer.inputs * layer.taps, layer.units, weight.device)
+        statistics = LayerStatistics(layer.inputs * layer.taps, layer.units, device_of(self.network))
         with evaluating(self.network, self.task.model):
             for index, batch in enumerate(self.task.batches()):
-                reads = self._reads(self.network, weight, layer.calls, batch, index)
-                answers = self._reads(self.task.model, original, layer.calls, batch, index) if changed else reads
+                reads = self._reads(self.network, layer, batch, index)
+                answers = self._reads(self.task.model, layer, batch, index) if changed else reads
                 for read, answer in zip(reads, answers, strict=True):
                     self._add(statistics, read, answer.z, layer, samples_in(batch), generator)
         if not statistics.is_finite():
@@ -137,14 +166,17 @@ class Observer:
             )
         return statistics
 
-    def _reads(self, model: nn.Module, weight: Tensor, calls: int, batch: Batch, index: int) -> Sequence[_Read]:
-        recorder = _Recorder(weight, calls)
+    def _reads(self, model: nn.Module, layer: Layer, batch: Batch, index: int) -> Sequence[_Read]:
+        recorder = _Recorder(model.get_parameter(layer.weight), layer.calls)
         try:
             with recorder:
                 run_batch(self.task, model, batch, index)
         except _Reached:
-            pass
-        return recorder.reads
+            return recorder.reads
+        raise GraphError(
+            f"task {self.task.name!r}, layer {layer.name!r}: called {len(recorder.reads)} times on batch {index}, but "
+            f"{layer.calls} times in the exported graph: the forward must be the same on every batch."
+        )
 
     def _add(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import NamedTuple
 
 from taskzip.errors import InputError
@@ -59,7 +59,7 @@ class Share:
     def __post_init__(self) -> None:
         if isinstance(self.amount, Mapping):
             for layer, amount in self.amount.items():
-                is_count = isinstance(amount, int) and not isinstance(amount, bool)
+                is_count = isinstance(amount, Integral) and not isinstance(amount, bool)
                 if not _is_number(amount) or amount < 0 or (not is_count and amount > 1):
                     raise InputError(
                         f"share for layer {layer!r} is {amount!r}: give a fraction (float, 0 to 1) or a count (int)."
@@ -84,13 +84,13 @@ class Share:
             InputError: a count above the number of units.
         """
         amount = self.amount.get(layer, 0) if isinstance(self.amount, Mapping) else float(self.amount)
-        if not isinstance(amount, int):
+        if not isinstance(amount, Integral):
             return Quota(round(amount * units))
         if amount > units:
             raise InputError(
                 f"share for layer {layer!r} asks for {amount} shared units, but the smaller network has {units}."
             )
-        return Quota(amount)
+        return Quota(int(amount))
 
 
 SharePlan = Share | Threshold

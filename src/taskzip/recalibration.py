@@ -38,7 +38,7 @@ def least_squares(
 
 def match_spread(
     statistics: Sequence[LayerStatistics],
-    weights: Sequence[Float[Tensor, "units d1"]],
+    weights: Sequence[Float[Tensor, "units _"]],
     units: Sequence[Tensor],
     balance: Sequence[float],
 ) -> tuple[Float[Tensor, " units"], Float[Tensor, " units"]]:

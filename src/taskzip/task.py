@@ -44,10 +44,12 @@ class Task:
     forward: Callable[[nn.Module, Batch], Any] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
-            raise InputError(f"task name {self.name!r} cannot be used: take letters, digits, '_' and '-' only.")
-        if hasattr(nn.ModuleDict, self.name):
-            raise InputError(f"task name {self.name!r} is a method of torch's ModuleDict: choose another name.")
+        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.name):
+            raise InputError(
+                f"task name {self.name!r} cannot be used: take letters, digits, '_' and '-', the first no sign."
+            )
+        if hasattr(nn.ModuleDict(), self.name):
+            raise InputError(f"task name {self.name!r} is an attribute of torch's ModuleDict: choose another name.")
         if not isinstance(self.model, nn.Module):
             raise InputError(f"task {self.name!r}: model must be a torch nn.Module, got {type(self.model).__name__}.")
         if isinstance(self.data, Tensor):
@@ -76,10 +78,12 @@ class Task:
         return batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
 
     def batches(self) -> Iterator[Batch]:
-        """The calibration batches, one pass, on the device of the model."""
+        """The calibration batches, one pass, on the device of the model; batches without samples are left out."""
         device = device_of(self.model)
         for batch in self.data:
-            yield pytree.tree_map_only(Tensor, lambda t: t.to(device), batch)
+            if samples_in(batch):
+                plain = dict(batch) if isinstance(batch, Mapping) else batch
+                yield pytree.tree_map_only(Tensor, lambda t: t.to(device), plain)
 
     def check_data(self) -> int:
         """Read the data once and return the number of samples.
@@ -121,7 +125,7 @@ def samples_in(batch: Batch) -> int:
 
 def input_tensors(batch: Batch) -> list[Tensor]:
     """The tensors that go into the network, in order."""
-    inputs = batch if isinstance(batch, Mapping) or not isinstance(batch, (tuple, list)) else batch[:1]
+    inputs = dict(batch) if isinstance(batch, Mapping) else batch[:1] if isinstance(batch, (tuple, list)) else batch
     return [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
 
 

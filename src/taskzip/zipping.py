@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
@@ -92,6 +91,7 @@ def zip_tasks(
         InputError: tasks, data or settings that cannot be used; the message names task, layer and shapes.
         GraphError: a network that torch.export cannot follow, or that was read wrongly.
     """
+    tasks = _checked(tasks)
     settings = Settings(
         as_plan(share),
         _balance(tasks, balance),
@@ -101,9 +101,9 @@ def zip_tasks(
         _not_negative("ridge", ridge),
         _max_rows(max_rows),
         _retraining(retrain),
-        seed,
+        _seed(seed),
     )
-    members = [Member(task) for task in _checked(tasks)]
+    members = [Member(task) for task in tasks]
     layers = _correspondence(members)
     _check_names("share", settings.plan.named(), layers)
     _check_names("retrain", settings.retraining.named(), layers)
@@ -194,9 +194,8 @@ class _Turn:
         """H per task over the shared inputs, weighted, damped, with zeros for fictive connections."""
         found = []
         for t, (member, layer, s) in enumerate(zip(self.members, self.layers, self.statistics, strict=True)):
-            gram = s.gram
-            if layer.batch_norm:  # the mean is taken off again, privately, so only the spread matters
-                gram = gram - torch.outer(gram[:, -1], gram[-1]) / gram[-1, -1]
+            # Batch-norm takes the mean off again, for each task by itself, so that only the spread matters.
+            gram = s.rows * s.covariance() if layer.batch_norm else s.gram
             columns = self._columns(t)
             h = self.settings.balance[t] / member.samples * gram[columns[:, None], columns]
             found.append(self.inputs.with_fictive(damped(h, self.settings.damping), layer, (0, 1)))
@@ -285,7 +284,7 @@ def _record(
 
 
 def _checked(tasks: Sequence[Task]) -> Sequence[Task]:
-    if not isinstance(tasks, Sequence) or not all(isinstance(task, Task) for task in tasks):
+    if isinstance(tasks, str) or not isinstance(tasks, Sequence) or not all(isinstance(t, Task) for t in tasks):
         raise InputError("tasks must be a list of taskzip.Task objects.")
     if len(tasks) != 2:
         raise InputError(f"zip needs two tasks, got {len(tasks)}; more than two come in a later version.")
@@ -342,17 +341,13 @@ def _balance(tasks: Sequence[Task], balance: float | Sequence[float] | Mapping[s
         if set(balance) != set(names):
             raise InputError(f"balance names {', '.join(map(str, balance))}, but the tasks are {', '.join(names)}.")
         balance = [balance[name] for name in names]
-    elif isinstance(balance, (int, float)):
-        balance = [balance, 1 - balance]
-    if (
-        len(balance) != len(tasks)
-        or not all(0 < b < 1 for b in balance)
-        or not math.isclose(sum(balance), 1, abs_tol=1e-6)
-    ):
-        raise InputError(
-            f"balance {list(balance)} must give each of the {len(tasks)} tasks a weight above 0, summing to 1."
-        )
-    return tuple(float(b) for b in balance)
+    try:
+        weights = [float(b) for b in (balance if isinstance(balance, Iterable) else [balance, 1 - balance])]
+    except (TypeError, ValueError) as error:
+        raise InputError(f"balance {balance!r} must be a number, numbers in order, or a dict by task name.") from error
+    if len(weights) != len(tasks) or not all(0 < b < 1 for b in weights) or abs(sum(weights) - 1) > 1e-6:
+        raise InputError(f"balance {weights} must give each of the {len(tasks)} tasks a weight above 0, summing to 1.")
+    return tuple(weights)
 
 
 def _one_of(name: str, value: Any, known: Sequence[Any]) -> Any:
@@ -365,6 +360,12 @@ def _not_negative(name: str, value: float) -> float:
     if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
         raise InputError(f"{name}={value!r} must be a number >= 0.")
     return float(value)
+
+
+def _seed(value: int) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    raise InputError(f"seed={value!r} must be a whole number >= 0.")
 
 
 def _max_rows(value: MaxRows) -> MaxRows:

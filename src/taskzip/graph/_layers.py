@@ -90,8 +90,8 @@ class Reading:
             return "its calls add different biases"
         if uses[0].bias is not None and bias is None:
             return "its bias is not a parameter"
-        for name in (weight, bias):
-            for reader in self._readers.get(name or "", []):
+        for name in filter(None, (weight, bias)):
+            for reader in self._readers[name]:
                 if not any(reader is call.node for call in uses):
                     return f"its {'weight' if name == weight else 'bias'} is also read by {self._describe(reader)}"
         return ""
@@ -112,7 +112,7 @@ class Reading:
         weights = list(self._uses)
         for other in weights:
             if other != weight and self._uses[other][0].groups == 1 and kinds[0] in self._kinds(other):
-                return f"adds to the units of {other.removesuffix('.weight')}"
+                return f"has the same units as {other.removesuffix('.weight')}"
         for other in weights[: weights.index(weight)]:
             reads = self._uses[other][0].reads
             if reads is not None and kinds[0] in self._units.classes(reads):

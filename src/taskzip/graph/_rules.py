@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from taskzip.graph._units import Ids
-from taskzip.graph._values import Axes, Call, Context, shape_of
+from taskzip.graph._values import Axes, Call, Context, flat, shape_of
 from taskzip.graph._views import reshaped
 
 Arguments = dict[str, Any]
@@ -66,9 +66,15 @@ def _rule_of(node: Node) -> Rule | None:
         return None
     name = op_name(node)
     rule = RULES.get(name) or RULES.get(name.removesuffix("_"))
-    if rule is None and torch.Tag.pointwise in node.target.tags and isinstance(node.meta["val"], Tensor):
-        return _pointwise
-    return rule
+    return rule or (_pointwise if _is_pointwise(node) else None)
+
+
+def _is_pointwise(node: Node) -> bool:
+    """Whether torch says so, of this op or, where it forgot the tag, of its functional twin."""
+    packet = getattr(torch.ops.aten, op_name(node).removesuffix("_"), None)
+    twins = [] if packet is None else [getattr(packet, name) for name in packet.overloads()]
+    tagged = any(torch.Tag.pointwise in op.tags for op in (node.target, *twins))
+    return tagged and isinstance(node.meta["val"], Tensor)
 
 
 def _has_numbers_for_sizes(node: Node) -> bool:
@@ -156,7 +162,14 @@ def _permute(c: Context, node: Node, a: Arguments) -> Axes:
 
 
 def _expand(c: Context, node: Node, a: Arguments) -> Axes:
-    return c.broadcast([(c.axes(a["self"]), shape_of(a["self"]))], shape_of(node), "")
+    """Where one element is spread over an axis, its copies may change places."""
+    source, shape = a["self"], shape_of(node)
+    before = (1,) * (len(shape) - len(shape_of(source))) + shape_of(source)
+    axes = (None,) * (len(shape) - len(shape_of(source))) + c.axes(source)
+    if all(value.raw for value in flat(c.values[source])):  # inputs stay in a fixed order
+        return axes
+    spread = (s == 1 < t for s, t in zip(before, shape, strict=True))
+    return tuple(c.units.fresh(t) if new else ids for new, ids, t in zip(spread, axes, shape, strict=True))
 
 
 def _repeat(c: Context, node: Node, a: Arguments) -> Axes:
@@ -397,7 +410,7 @@ RULES: dict[str, Rule] = {
     **_table(_same, "dropout feature_dropout alpha_dropout feature_alpha_dropout contiguous clone detach alias"),
     **_table(_same, "_to_copy to type_as lift_fresh lift_fresh_copy softmax log_softmax _softmax _log_softmax"),
     **_table(_same, "zeros_like ones_like full_like empty_like"),
-    **_table(_pointwise, "log_sigmoid rrelu copy_ fill_ zero_"),
+    **_table(_pointwise, "hardswish log_sigmoid rrelu copy fill zero multiply divide subtract"),
     **_table(_prelu, "prelu"),
     **_table(_reduction, "mean sum amax amin max min var std logsumexp prod norm linalg_vector_norm argmax argmin"),
     **_table(_along, "cumsum cumprod flip roll sort"),

@@ -12,7 +12,7 @@ the same occurrences inside. Such units form a *class*.
 from __future__ import annotations
 
 import numpy as np
-from scipy.sparse import coo_array
+from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 Ids = np.ndarray
@@ -69,7 +69,7 @@ class Units:
         nothing = np.empty(0, np.int64)
         one = np.concatenate([nothing, *(a for a, _ in self._same)])
         other = np.concatenate([nothing, *(b for _, b in self._same)])
-        edges = coo_array((np.ones(len(one), bool), (one, other)), shape=(self._count, self._count))
+        edges = coo_matrix((np.ones(len(one), bool), (one, other)), shape=(self._count, self._count))
         _, label = connected_components(edges, directed=False)
         return np.unique(label, return_index=True)[1][label]
 

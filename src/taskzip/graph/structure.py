@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from taskzip.graph._units import Ids
 
+_WIDTH = 100  # columns of the printed table
+
 
 @dataclass(frozen=True)
 class BatchNormNames:
@@ -135,11 +137,11 @@ def _reads(structure: Structure, layer: Layer) -> str:
     if layer.columns is None:
         return f"{layer.inputs} inputs" if layer.reads_input else f"{layer.inputs} in fixed order"
     spaces, first, counts = np.unique(structure.space_of(layer.columns), return_index=True, return_counts=True)
-    return " + ".join(f"{counts[i]} of {'fixed' if spaces[i] < 0 else f's{spaces[i]}'}" for i in np.argsort(first))
+    return " + ".join(f"{counts[i]} " + ("fixed" if spaces[i] < 0 else f"of s{spaces[i]}") for i in np.argsort(first))
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    """At most 100 columns, two spaces between them; a cell that is too wide goes on in the next line."""
+    """Two spaces between columns; a cell that is too wide goes on in the next line."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for wide, most in ((0, 28), (3, 20), (5, 19)):
         widths[wide] = min(widths[wide], max(most, _WIDTH - 10 - sum(widths) + widths[wide]))
@@ -147,5 +149,7 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
     for row in rows:
         cells = [textwrap.wrap(cell, width, break_on_hyphens=False) for cell, width in zip(row, widths, strict=True)]
         for parts in zip_longest(*cells, fillvalue=""):
-            lines.append("  ".join(part.ljust(width) for part, width in zip(parts, widths, strict=True)).rstrip())
+            padded = [part.ljust(width) for part, width in zip(parts, widths, strict=True)]
+            padded[2] = parts[2].rjust(widths[2])
+            lines.append("  ".join(padded).rstrip())
     return "\n".join(lines)

@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from taskzip.zipped.blocks import installed
+from taskzip.zipped.blocks import installed, spec_of
 from taskzip.zipped.model import LayerRecord, ZippedModel
 
 WIDTH = 100
@@ -54,7 +54,7 @@ def separate_parameters(zipped: ZippedModel) -> int:
         blocks = installed(network)
         inside = {p for b in blocks.values() for p in b.parameters()}
         total += sum(p.numel() for p in set(network.parameters()) - inside)
-        total += sum(math.prod(b.dense_shape) for b in blocks.values())
+        total += sum(math.prod(spec_of(b).dense_shape) for b in blocks.values())
     return total
 
 

@@ -37,6 +37,15 @@ class BlocksSpec:
 
     rows: tuple[RowSpec, ...]
 
+    @property
+    def dense_shape(self) -> tuple[int, ...]:
+        """The shape of the tensor that the blocks make up."""
+        rows = sum(row.blocks[0].shape[0] for row in self.rows)
+        first = self.rows[0].blocks
+        if len(first[0].shape) == 1:
+            return (rows,)
+        return (rows, sum(b.shape[1] if b.inputs is None else b.inputs for b in first), *first[0].shape[2:])
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
@@ -56,30 +65,24 @@ class BlocksSpec:
 
 
 class Blocks(nn.Module):
-    """One task's view of a zipped weight or bias; calling it gives the dense tensor."""
+    """One task's view of a zipped weight or bias; calling it gives the dense tensor.
+
+    Its parameters are called after tasks, so that all other names here start with an underscore, which theirs do not.
+    """
 
     def __init__(self, spec: BlocksSpec, parameters: dict[str, nn.Parameter]) -> None:
         super().__init__()
-        self.spec = spec
+        self._spec = spec
         for row in spec.rows:
             for block in row.blocks:
                 self.register_parameter(block.name, parameters[block.name])
         for i, row in enumerate(spec.rows):
             order = None if row.order is None else torch.tensor(row.order, device=next(self.parameters()).device)
-            self.register_buffer(f"order{i}", order, persistent=False)
-
-    @property
-    def dense_shape(self) -> tuple[int, ...]:
-        """The shape of what calling it gives."""
-        rows = sum(row.blocks[0].shape[0] for row in self.spec.rows)
-        first = self.spec.rows[0].blocks
-        if len(first[0].shape) == 1:
-            return (rows,)
-        return (rows, sum(b.shape[1] if b.inputs is None else b.inputs for b in first), *first[0].shape[2:])
+            self.register_buffer(f"_order{i}", order, persistent=False)
 
     def forward(self) -> Tensor:
         """The dense weight, [units, inputs, *kernel], or the bias, [units]."""
-        rows = [self._row(row, getattr(self, f"order{i}")) for i, row in enumerate(self.spec.rows)]
+        rows = [self._row(row, getattr(self, f"_order{i}")) for i, row in enumerate(self._spec.rows)]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def _row(self, row: RowSpec, order: Tensor | None) -> Tensor:
@@ -165,6 +168,11 @@ def _origin(module: nn.Module) -> tuple[type[nn.Module], tuple[str, ...]]:
     if isinstance(module, Zipped):
         return module.original_class, module.zipped_attributes
     return type(module), ()
+
+
+def spec_of(blocks: Blocks) -> BlocksSpec:
+    """How a task's weight is put together."""
+    return blocks._spec
 
 
 def block_name(owners: Sequence[str], users: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from taskzip.errors import CheckpointError
-from taskzip.zipped.blocks import Blocks, BlocksSpec, install, installed
+from taskzip.zipped.blocks import Blocks, BlocksSpec, install, installed, spec_of
 from taskzip.zipped.model import History, ZippedModel
 
 FORMAT = 1
@@ -107,11 +107,11 @@ def _structure_of(network: nn.Module) -> dict[str, Any]:
     """Which parameters are blocks, and the dense shapes of everything, by the names of the original architecture."""
     blocks = installed(network)
     shapes = {k: list(v.shape) for k, v in network.state_dict().items() if "_blocks." not in k}
-    shapes |= {name: list(block.dense_shape) for name, block in blocks.items()}
+    shapes |= {name: list(spec_of(block).dense_shape) for name, block in blocks.items()}
     return {
         "class": f"{type(network).__module__}.{type(network).__qualname__}",
         "shapes": shapes,
-        "blocks": {name: block.spec.as_dict() for name, block in blocks.items()},
+        "blocks": {name: spec_of(block).as_dict() for name, block in blocks.items()},
     }
 
 

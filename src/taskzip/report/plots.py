@@ -1,0 +1,183 @@
+"""Plots of a joint network: what each layer shares, what that saves, and what it costs (extra `plot`).
+
+Figures are drawn with matplotlib's object interface on the Agg canvas, so that neither pyplot nor the user's settings
+of a backend are touched. Colours differ in lightness too: the plots can be read in grey.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from taskzip.errors import InputError
+from taskzip.report.summary import separate_parameters
+from taskzip.zipped import LayerRecord, ZippedModel
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Errors = Mapping[str, Mapping[str, float]]
+"""Per stage ("before", "zipped", ...), the error of each task in percent."""
+
+FIRST, SECOND, SHARED = "#e39f3b", "#cfe2f6", "#27496d"
+"""Units of the first task alone, of the second alone, and of both."""
+
+APART = "#c9c9c9"
+DOTS = 150
+
+
+def plot_zip(zipped: ZippedModel, path: str | Path, *, errors: Errors | None = None) -> None:
+    """Write one PNG: units shared per layer, parameters per layer before and after, and the tasks' errors.
+
+    Args:
+        zipped: a joint network of two tasks.
+        path: the file to write; whole or not at all.
+        errors: per stage, the error of each task in percent; without it there is no third panel.
+
+    Raises:
+        InputError: matplotlib is not installed.
+        OSError: the file cannot be written.
+    """
+    records = zipped.history.layers
+    widths = [3.2, 3.2] if errors is None else [3.2, 3.2, 3.6]
+    figure = _figure(1.2 * sum(widths), 1.4 + 0.62 * max(len(records), 4))
+    axes = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
+    draw_sharing(axes[0], records, list(zipped))
+    draw_parameters(axes[1], records, (separate_parameters(zipped), zipped.parameter_count()))
+    axes[1].tick_params(labelleft=False)
+    if errors is not None:
+        draw_errors(axes[2], errors)
+    save_figure(figure, path)
+
+
+def draw_sharing(axes: Axes, records: Sequence[LayerRecord], tasks: Sequence[str]) -> None:
+    """One bar per layer: units of the first task alone, of both, and of the second alone, adding up to 100%."""
+    for row, record in enumerate(records):
+        first, second = record.units
+        parts = (first - record.shared, record.shared, second - record.shared)
+        left = 0.0
+        for units, colour in zip(parts, (FIRST, SHARED, SECOND), strict=True):
+            width = 100 * units / sum(parts)
+            axes.barh(row, width, left=left, height=0.62, color=colour, edgecolor="white", linewidth=0.8)
+            if width >= 6:
+                ink = "white" if colour == SHARED else "black"
+                axes.text(left + width / 2, row, str(units), ha="center", va="center", color=ink, fontsize=9)
+            left += width
+    _rows(axes, records)
+    axes.set(xlim=(0, 100), xlabel="units of the joint layer (%)")
+    names = (f"only {tasks[0]}", "shared", f"only {tasks[1]}")
+    _legend(axes, dict(zip(names, (FIRST, SHARED, SECOND), strict=True)), "Who owns the units")
+
+
+def draw_parameters(axes: Axes, records: Sequence[LayerRecord], totals: tuple[int, int]) -> None:
+    """Two bars per layer: the parameters of the separate networks together, and those of the joint layer.
+
+    Args:
+        axes: to draw on.
+        records: one per layer.
+        totals: of the whole networks, apart and together, for the legend; more than the layers' where there is
+            batch-norm.
+    """
+    most = max((record.before for record in records), default=1)
+    for row, record in enumerate(records):
+        for offset, count, colour in ((-0.17, record.before, APART), (0.17, record.after, SHARED)):
+            axes.barh(row + offset, count, height=0.32, color=colour)
+            axes.text(count + 0.02 * most, row + offset, f"{count:,}", va="center", fontsize=8)
+    _rows(axes, records)
+    axes.set(xlim=(0, 1.22 * most), xlabel="parameters")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.locator_params(axis="x", nbins=4)
+    _legend(axes, {f"apart {totals[0]:,}": APART, f"together {totals[1]:,}": SHARED}, "Parameters")
+
+
+def draw_errors(axes: Axes, errors: Errors) -> None:
+    """A group of bars per task, one bar per stage."""
+    stages = list(errors)
+    tasks = list(dict.fromkeys(task for stage in stages for task in errors[stage]))
+    colours = _shades(len(stages))
+    width = 0.8 / len(stages)
+    for index, stage in enumerate(stages):
+        for group, task in enumerate(tasks):
+            x, value = group + (index - (len(stages) - 1) / 2) * width, errors[stage][task]
+            axes.bar(x, value, width=0.92 * width, color=colours[index])
+            axes.annotate(f"{value:.1f}", (x, value), (0, 2), textcoords="offset points", ha="center", fontsize=9)
+    axes.set_xticks(range(len(tasks)), tasks)
+    axes.set_ylabel("wrong on test data (%)")
+    axes.margins(y=0.12)
+    axes.set_ylim(bottom=0)
+    _plain(axes)
+    _legend(axes, dict(zip(stages, colours, strict=True)), "Test error")
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a figure as PNG, whole or not at all.
+
+    Raises:
+        OSError: the file cannot be written; whatever stood at `path` before still stands.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        figure.savefig(part, format="png", dpi=DOTS)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _figure(width: float, height: float) -> Figure:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+    except ImportError as error:
+        raise InputError("plots need matplotlib, which is absent: pip install 'taskzip[plot]'") from error
+    engine = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.06)
+    figure = Figure(figsize=(width, height), layout=engine, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _rows(axes: Axes, records: Sequence[LayerRecord]) -> None:
+    """Layers from top to bottom, named at the left."""
+    axes.set_yticks(range(len(records)), [record.name for record in records])
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0)
+    _plain(axes)
+
+
+def _plain(axes: Axes) -> None:
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _legend(axes: Axes, colours: Mapping[str, str], title: str) -> None:
+    """The title, and below it, above the plot, what the colours mean."""
+    from matplotlib.patches import Patch
+
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=24)
+    axes.legend(
+        handles=[Patch(color=colour, label=name) for name, colour in colours.items()],
+        loc="lower left",
+        bbox_to_anchor=(-0.01, 0.985),
+        ncols=len(colours),
+        frameon=False,
+        fontsize=9,
+        handlelength=1,
+        handletextpad=0.5,
+        columnspacing=1.2,
+        borderpad=0.2,
+    )
+
+
+def _shades(count: int) -> list[str]:
+    """From light grey through to the colour of what is shared, as many as there are stages."""
+    shades = [APART, "#7d9cbd", SHARED]
+    if count <= 2:
+        return [shades[0], SHARED][:count]
+    from matplotlib.colors import LinearSegmentedColormap, to_hex
+
+    ramp = LinearSegmentedColormap.from_list("stages", shades)
+    return [to_hex(ramp(i / (count - 1))) for i in range(count)]
