@@ -17,7 +17,7 @@ from taskzip.assembly import SharedInputs, align_inputs, install_blocks
 from taskzip.curvature import LayerStatistics, damped
 from taskzip.difference import functional_difference
 from taskzip.errors import InputError
-from taskzip.graph import Layer
+from taskzip.graph import OUTPUT, Layer
 from taskzip.matching import Matching, Pairs, match
 from taskzip.members import Member
 from taskzip.merging import merge_weights
@@ -145,7 +145,8 @@ def _zip_layer(members: Sequence[Member], layers: Sequence[Layer], settings: Set
     for member, layer, s, w in zip(members, layers, statistics, weights, strict=True):
         _settle(member, layer, s, w)
     if pairs is None or not len(pairs.a):
-        return _record(members, layers, 0, 0.0, before, obstacle)
+        note = "" if all(layer.pinned == OUTPUT for layer in layers) else obstacle  # outputs are private, as they should
+        return _record(members, layers, 0, 0.0, before, note)
     for member, layer, units in zip(members, layers, (pairs.a, pairs.b), strict=True):
         member.share(layer, name, _shared_first(units, layer.units), len(units))
         member.changed = True

@@ -43,7 +43,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for joint.safetensors and demo.png.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The same seed gives the same numbers.")] = 0,
     share: Annotated[float, typer.Option(min=0, max=1, help="Fraction of each hidden layer's units to share.")] = 1.0,
-    steps: Annotated[int, typer.Option(min=0, help="Steps of light retraining.")] = 100,
+    steps: Annotated[int, typer.Option(min=0, help="Steps of light retraining.")] = 200,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> None:
     """Zip two small networks and show the result; half a minute, no download.

@@ -18,7 +18,7 @@ from taskzip.errors import GraphError
 from taskzip.graph._layers import Reading
 from taskzip.graph._rules import apply_rule, none_of
 from taskzip.graph._values import Axes, Context, Value, flat
-from taskzip.graph.structure import Structure
+from taskzip.graph.structure import OUTPUT, Structure
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -105,7 +105,7 @@ def _read(program: Any, names: dict[str, str]) -> Context:
             c.values[node] = _value(axes, raw and len(c.calls) == calls)
         elif node.op == "output":
             for result in node.all_input_nodes:
-                c.pin_value(result, "an output of the network")
+                c.pin_value(result, OUTPUT)
     return c
 
 

@@ -21,6 +21,10 @@ from taskzip.graph._units import Ids
 _WIDTH = 100  # columns of the printed table
 
 
+OUTPUT = "an output of the network"
+"""Why the rows of an output layer are pinned."""
+
+
 @dataclass(frozen=True)
 class BatchNormNames:
     """The tensors of a batch-norm that directly follows a layer, and its epsilon."""
