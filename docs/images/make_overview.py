@@ -44,16 +44,17 @@ def main() -> None:
     tasks = [tz.Task(name, models[name], batches(*data[name])) for name in CLASSES]
     zipped = tz.zip(tasks, share=SHARE, progress=False)
 
-    figure = Figure(figsize=(10, 4.7), facecolor="white")
+    figure = Figure(figsize=(10, 4.6), facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, 100), ylim=(0, 47))
+    axes.set(xlim=(0, 100), ylim=(0, 46))
     axes.axis("off")
-    draw_separate(axes, models["digit"], "digit", images[1, 0], bottom=26.5)
-    draw_separate(axes, models["turn"], "turn", images[1, 0].rot90(1), bottom=3)
-    axes.annotate("", (55, 23.5), (47.5, 23.5), arrowprops={"arrowstyle": "-|>", "lw": 2, "color": "#444444"})
-    axes.text(51, 25.2, "zip", ha="center", fontsize=13, family="monospace")
-    draw_joint(axes, zipped, images[1, 0])
+    image = images[labels == 4][0, 0]
+    draw_separate(axes, models["digit"], "digit", image, bottom=25.5)
+    draw_separate(axes, models["turn"], "turn", image.rot90(1), bottom=1.5)
+    axes.annotate("", (56.5, 21.5), (50, 21.5), arrowprops={"arrowstyle": "-|>", "lw": 2, "color": "#444444"})
+    axes.text(53, 23, "zip", ha="center", fontsize=13, family="monospace")
+    draw_joint(axes, zipped, image)
     save_figure(figure, Path(__file__).parent / "overview.png")
 
 
@@ -81,26 +82,25 @@ def draw_separate(axes: Axes, model: nn.Module, task: str, image: Tensor, bottom
     question = {"digit": "which digit is it?", "turn": "which way up is it?"}[task]
     axes.text(39.5, middle, question.replace(" is", "\nis"), va="center", fontsize=9)
     count = sum(p.numel() for p in model.parameters())
-    axes.text(3, bottom + 18.6, f"{task}", fontsize=12, fontweight="bold")
-    axes.text(11, bottom + 18.6, f"{count:,} parameters", fontsize=10, color="#444444")
+    title(axes, 3, bottom + 18.1, task, f"{count:,} parameters")
 
 
 def draw_joint(axes: Axes, zipped: tz.ZippedModel, image: Tensor) -> None:
     """Both tasks in one network: units and weights of the one, of both, of the other."""
-    middle = 22
+    middle, step = 21.5, 1.75
     shared = [record.shared for record in zipped.history.layers]
-    inputs = draw_image(axes, image, 58, middle)
+    inputs = draw_image(axes, image, 59, middle)
     places: dict[str, list[Points]] = {name: [inputs] for name in zipped}
     owned: dict[str, list[int]] = {name: [len(inputs)] for name in zipped}  # how many of them, the first, are shared
-    for x, units, both in ((72, HIDDEN[0], shared[0]), (82, HIDDEN[1], shared[1])):
-        points = column(x, 2 * units - both, middle)
+    for x, units, both in ((73, HIDDEN[0], shared[0]), (83, HIDDEN[1], shared[1])):
+        points = column(x, 2 * units - both, middle, step)
         private = units - both
         places["digit"].append(points[private : private + both] + points[:private])
         places["turn"].append(points[private : private + both] + points[private + both :])
         for name in zipped:
             owned[name].append(both)
-    for name, centre in (("digit", middle + 9), ("turn", middle - 12)):
-        places[name].append(column(92, CLASSES[name], centre))
+    for name, centre in (("digit", middle + 6.5), ("turn", middle - 10)):
+        places[name].append(column(92, CLASSES[name], centre, step))
         owned[name].append(0)
     for name in reversed(list(zipped)):
         for layer, weights in enumerate(strengths(zipped[name])):
@@ -117,12 +117,20 @@ def draw_joint(axes: Axes, zipped: tz.ZippedModel, image: Tensor) -> None:
             draw_units(axes, points[:both], SHARED)
         axes.text(94, places[name][-1][0][1] / 2 + places[name][-1][-1][1] / 2, name, va="center", fontsize=10)
     before, after = sum(r.before for r in zipped.history.layers), zipped.parameter_count()
-    axes.text(58, 45.1, "joint", fontsize=12, fontweight="bold")
-    axes.text(65.5, 45.1, f"{after:,} parameters instead of {before:,}; dark: used by both", fontsize=10, color="#444444")
+    title(axes, 59, 43.6, "joint", f"{after:,} parameters instead of {before:,}")
+    for x, what, colour in ((59, "only digit", FIRST), (72, "both", SHARED), (80, "only turn", SECOND)):
+        draw_units(axes, [(x + 0.8, 1.6)], colour)
+        axes.text(x + 2.2, 1.6, what, va="center", fontsize=9.5)
+
+
+def title(axes: Axes, x: float, y: float, name: str, parameters: str) -> None:
+    """A name in bold, and how large the network is."""
+    axes.text(x, y, name, fontsize=12, fontweight="bold")
+    axes.text(x + 7, y, parameters, fontsize=10, color="#444444")
 
 
 def strengths(model: nn.Module) -> list[Tensor]:
-    """|W| of every layer, [units, inputs], the first one summed over the pixels of a row, each relative to its largest."""
+    """|W| of every layer, [units, inputs], relative to its largest; the first one is summed over each row of pixels."""
     found = [layer.weight.detach().abs() for layer in (model.fc1, model.fc2, model.fc3)]  # type: ignore[union-attr]
     found[0] = found[0].unflatten(1, (8, 8)).sum(2)
     return [weights / weights.max() for weights in found]
@@ -146,7 +154,7 @@ def draw_weights(axes: Axes, weights: Tensor, left: Points, right: Points, colou
     for unit, end in enumerate(right):
         for source, start in enumerate(left):
             lines.append((start, end))
-            tints.append(to_rgba(colours[unit][source], 0.05 + 0.75 * float(weights[unit, source]) ** 1.5))
+            tints.append(to_rgba(colours[unit][source], 0.06 + 0.84 * float(weights[unit, source]) ** 1.3))
     axes.add_collection(LineCollection(lines, colors=tints, linewidths=0.9, zorder=1))
 
 

@@ -2,124 +2,111 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from taskzip.graph import Layer
-from taskzip.members import Member
+from taskzip.alignment import JointInputs
+from taskzip.members import Member, Owners
 from taskzip.zipped.blocks import Blocks, BlockSpec, BlocksSpec, RowSpec, block_name, install
 
-
-@dataclass(frozen=True)
-class SharedInputs:
-    """The inputs of one layer that all tasks share, aligned.
-
-    Attributes:
-        channels: per task, its input channels (columns of a linear layer) in the common order. Where the networks' own
-            inputs differ in size, the smaller one has only the first of them; the rest are fictive connections of
-            weight 0.
-        bias: whether every task has a bias here.
-    """
-
-    channels: tuple[np.ndarray, ...]
-    bias: bool
-
-    @property
-    def size(self) -> int:
-        """How many channels the shared block has."""
-        return max(len(c) for c in self.channels)
-
-    def columns(self, task: int, layer: Layer) -> Tensor:
-        """The columns of the weight matrix [units, inputs * taps + 1] that the task shares; the bias comes last."""
-        taps = np.arange(layer.taps)
-        columns = (self.channels[task][:, None] * layer.taps + taps).ravel()
-        return torch.from_numpy(np.append(columns, layer.inputs * layer.taps) if self.bias else columns)
-
-    def with_fictive(self, matrix: Tensor, layer: Layer, dims: Sequence[int]) -> Tensor:
-        """A task's shared part with zeros for the fictive connections, put in before the bias, along the given dims."""
-        width = self.size * layer.taps + self.bias
-        for dim in dims:
-            real = matrix.shape[dim] - self.bias
-            gap = [width - matrix.shape[d] if d == dim else n for d, n in enumerate(matrix.shape)]
-            if gap[dim]:
-                head, bias = matrix.narrow(dim, 0, real), matrix.narrow(dim, real, int(self.bias))
-                matrix = torch.cat([head, matrix.new_zeros(gap), bias], dim)
-        return matrix
-
-    def without_fictive(self, matrix: Tensor, task: int, layer: Layer) -> Tensor:
-        """The columns of a common matrix that a task really has."""
-        real = matrix[:, : len(self.channels[task]) * layer.taps]
-        return torch.cat([real, matrix[:, -1:]], dim=1) if self.bias else real
+Groups = Sequence[tuple[Owners, int]]
+"""Groups of units in the order in which they lie in the layer, with their sizes; a task's own units come last."""
 
 
-def align_inputs(members: Sequence[Member], layers: Sequence[Layer]) -> SharedInputs:
-    """Which inputs of a layer all tasks share: the network's input by position, hidden units by their pairs."""
-    found = [member.shared_inputs(layer) for member, layer in zip(members, layers, strict=True)]
-    names = [name for name in found[0] if all(name in each for each in found)]
-    if names != [""]:  # a unit that is read 16 times by one task and 25 times by the other has no common columns
-        names = [name for name in names if len({each[name].shape for each in found}) == 1]
-    nothing = np.empty(0, np.int64)
-    channels = tuple(np.concatenate([nothing, *(each[name].ravel() for name in names)]) for each in found)
-    return SharedInputs(channels, bias=all(layer.bias is not None for layer in layers))
-
-
-def install_blocks(
-    members: Sequence[Member], layers: Sequence[Layer], inputs: SharedInputs, shared: int, merged: Tensor
-) -> None:
-    """Put a merged layer into every member's network: shared rows first, then the task's own.
+def install_blocks(members: Sequence[Member], inputs: JointInputs, groups: Mapping[int, Groups]) -> None:
+    """Replace the dense weights of a layer by blocks, one Parameter for all tasks that use it.
 
     Args:
-        members, layers: the tasks, and the layer in each of them; units already in their new order, shared ones first.
-        inputs: the inputs that all tasks share.
-        shared: how many units are shared.
-        merged: their common weights, [shared, common columns (+ 1)], bias last if every task has one.
+        members: the tasks; their weights are merged already, with equal values wherever they are shared.
+        inputs: the inputs of the layer that several tasks share.
+        groups: per task that takes part, the groups that its units form.
     """
-    owners = [member.task.name for member in members]
-    first = members[0].network.get_parameter(layers[0].weight)
-    width = inputs.size * layers[0].taps
-    common = _parameter(merged[:, :width].reshape(shared, inputs.size, *layers[0].kernel), first)
-    common_bias = _parameter(merged[:, -1], first) if inputs.bias else None
-    for task, (member, layer) in enumerate(zip(members, layers, strict=True)):
-        name = member.task.name
-        weight = member.network.get_parameter(layer.weight)
-        channels = inputs.channels[task]
-        private = np.setdiff1d(np.arange(layer.inputs), channels)
-        parts = {block_name(owners, owners): common}
-        if len(private):
-            parts[block_name(owners, [name])] = _parameter(weight[:shared, torch.from_numpy(private)], weight)
-        order = np.argsort(np.concatenate([channels, private]))
-        natural = bool((order == np.arange(layer.inputs)).all())
-        blocks = tuple(
-            BlockSpec(n, tuple(p.shape), len(channels) if p is common and len(channels) < inputs.size else None)
-            for n, p in parts.items()
-        )
-        rows = [RowSpec(blocks, None if natural else tuple(order.tolist()))]
-        own = weight[shared:]
-        _install(member, layer.weight, rows, parts, own)
-        if layer.bias is not None:
-            bias = member.network.get_parameter(layer.bias)
-            if common_bias is not None:
-                parts = {block_name(owners, owners): common_bias}
-            else:
-                parts = {block_name(owners, [name]): _parameter(bias[:shared], bias)}
-            rows = [RowSpec(tuple(BlockSpec(n, tuple(p.shape)) for n, p in parts.items()))]
-            _install(member, layer.bias, rows, parts, bias[shared:])
+    cutter = _Cutter(members, inputs, groups)
+    cut = {t: (cutter.weight(t), cutter.bias(t)) for t in inputs.layers}
+    for t, layer in inputs.layers.items():
+        for name, blocks in zip((layer.weight, layer.bias), cut[t], strict=True):
+            if name is not None and blocks is not None:
+                install(members[t].network, name, blocks)
 
 
-def _install(member: Member, parameter: str, rows: list[RowSpec], parts: dict[str, nn.Parameter], own: Tensor) -> None:
-    if len(own):
-        name = block_name([member.task.name], [member.task.name])
-        parts = {**parts, name: _parameter(own, own)}
-        rows = [*rows, RowSpec((BlockSpec(name, tuple(own.shape)),))]
-    install(member.network, parameter, Blocks(BlocksSpec(tuple(rows)), parts))
+class _Cutter:
+    """Cuts dense weights into blocks, and hands out the same Parameter to every task that uses one."""
+
+    def __init__(self, members: Sequence[Member], inputs: JointInputs, groups: Mapping[int, Groups]) -> None:
+        self._names = [member.task.name for member in members]
+        self._inputs = inputs
+        self._spans = {t: _spans(each) for t, each in groups.items()}
+        self._weights = {t: members[t].network.get_parameter(x.weight) for t, x in inputs.layers.items()}
+        self._biases = {t: members[t].network.get_parameter(x.bias) for t, x in inputs.layers.items() if x.bias}
+        self._tied: dict[tuple[str, bool], nn.Parameter] = {}
+
+    def weight(self, task: int) -> Blocks:
+        """The weight of one task: for each group of rows, a block per set of tasks that use the same inputs."""
+        rows: list[RowSpec] = []
+        parameters: dict[str, nn.Parameter] = {}
+        for owners in self._spans[task]:
+            specs, order = [], []
+            for users, channels in self._channels(task, owners).items():
+                name, block = self._weight_block(owners, users)
+                parameters[name] = block
+                inputs = len(channels) if len(channels) < block.shape[1] else None
+                specs.append(BlockSpec(name, tuple(block.shape), inputs))
+                order.append(channels)
+            rows.append(RowSpec(tuple(specs), _natural(np.concatenate(order))))
+        return Blocks(BlocksSpec(tuple(rows)), parameters)
+
+    def bias(self, task: int) -> Blocks | None:
+        """The bias of one task: a block per group of rows, shared by those of its owners that have a bias."""
+        if task not in self._biases:
+            return None
+        parameters: dict[str, nn.Parameter] = {}
+        for owners, span in self._spans[task].items():
+            users = tuple(t for t in owners if t in self._inputs.bias)
+            parameters[self._name(owners, users)] = self._tie(owners, users, self._biases[task][span], bias=True)
+        rows = tuple(RowSpec((BlockSpec(name, tuple(p.shape)),)) for name, p in parameters.items())
+        return Blocks(BlocksSpec(rows), parameters)
+
+    def _channels(self, task: int, owners: Owners) -> dict[Owners, np.ndarray]:
+        """A task's input channels by the owners of the rows that also have them."""
+        found: dict[Owners, list[np.ndarray]] = {}
+        if len(owners) > 1:
+            for segment in self._inputs.segments:
+                if task in segment.owners:
+                    users = tuple(t for t in owners if t in segment.owners)
+                    found.setdefault(users, []).append(segment.channels[task])
+        everything = np.arange(self._inputs.layers[task].inputs)
+        left = np.setdiff1d(everything, np.concatenate([everything[:0], *(c for each in found.values() for c in each)]))
+        if len(left):
+            found.setdefault((task,), []).append(left)
+        return {users: np.concatenate(each) for users, each in found.items()}
+
+    def _weight_block(self, owners: Owners, users: Owners) -> tuple[str, nn.Parameter]:
+        channels = {t: self._channels(t, owners)[users] for t in users}
+        widest = max(users, key=lambda t: len(channels[t]))
+        values = self._weights[widest][self._spans[widest][owners]][:, torch.from_numpy(channels[widest])]
+        return self._name(owners, users), self._tie(owners, users, values, bias=False)
+
+    def _tie(self, owners: Owners, users: Owners, values: Tensor, *, bias: bool) -> nn.Parameter:
+        key = (self._name(owners, users), bias)
+        if key not in self._tied:
+            trained = any((self._biases if bias else self._weights)[t].requires_grad for t in users)
+            block = values.detach().clone(memory_format=torch.contiguous_format)
+            self._tied[key] = nn.Parameter(block, requires_grad=trained)
+        return self._tied[key]
+
+    def _name(self, owners: Owners, users: Owners) -> str:
+        return block_name([self._names[t] for t in owners], [self._names[t] for t in users])
 
 
-def _parameter(values: Tensor, like: Tensor) -> nn.Parameter:
-    return nn.Parameter(
-        values.detach().to(like).clone(memory_format=torch.contiguous_format),
-        requires_grad=like.requires_grad,
-    )
+def _spans(groups: Groups) -> dict[Owners, slice]:
+    ends = np.cumsum([count for _, count in groups]).tolist()
+    return {owners: slice(end - count, end) for (owners, count), end in zip(groups, ends, strict=True)}
+
+
+def _natural(channels: np.ndarray) -> tuple[int, ...] | None:
+    """How to put columns that lie as `channels` into ascending order; None where they are."""
+    order = np.argsort(channels)
+    return None if (order == np.arange(len(order))).all() else tuple(order.tolist())

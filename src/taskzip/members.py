@@ -16,6 +16,9 @@ from taskzip.observation import MaxRows, Observer, evaluating, run_batch
 from taskzip.task import Task
 from taskzip.zipped.blocks import installed
 
+Owners = tuple[int, ...]
+"""The tasks that own a unit, by their numbers, ascending."""
+
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3}
 
 
@@ -27,7 +30,7 @@ class Member:
         network: the working copy, zipped in place, in eval mode.
         structure: layers and spaces of the network.
         samples: how many samples the calibration data hold.
-        shared: per space, the joint layer that computes it and how many of its first units are shared.
+        shared: per space, the joint layer that computes it, and the groups of shared units that its first units form.
         changed: whether anything upstream may differ from the original network.
     """
 
@@ -38,7 +41,7 @@ class Member:
         self.network = copy.deepcopy(task.model).eval()
         self._first_batch = next(task.batches())
         self.structure = self._analyse()
-        self.shared: dict[int, tuple[str, int]] = {}
+        self.shared: dict[int, tuple[str, tuple[tuple[Owners, int], ...]]] = {}
         self.changed = False
 
     def _check_parameters(self) -> None:
@@ -129,28 +132,32 @@ class Member:
         assert layer.batch_norm is not None
         return (self.batch_norm(layer)[1].double() + layer.batch_norm.eps).sqrt()
 
-    def shared_inputs(self, layer: Layer) -> dict[str, np.ndarray]:
-        """Which input channels of a layer may be shared, by the joint layer that computes them.
+    def shared_inputs(self, layer: Layer) -> dict[tuple[str, Owners], np.ndarray]:
+        """Which input channels of a layer may be shared: by the joint layer that computes them, and their owners.
 
-        Each array is [shared units, times each unit is read]; the network's own input, called "", counts as one unit a
-        channel.
+        Each array is [shared units, times each unit is read]. The network's own input, under ("", ()), counts as one
+        unit a channel.
         """
         if layer.reads_input:
-            return {"": np.arange(layer.inputs)[:, None]}
+            return {("", ()): np.arange(layer.inputs)[:, None]}
         if layer.columns is None:
             return {}
         found = {}
-        for space, (writer, count) in self.shared.items():
+        for space, (writer, groups) in self.shared.items():
             positions = self.structure.spaces[space].positions(layer.columns)
             if positions.size:
-                found[writer] = positions[:count]
+                start = 0
+                for owners, count in groups:
+                    found[writer, owners] = positions[start : start + count]
+                    start += count
         return found
 
-    def share(self, layer: Layer, writer: str, order: np.ndarray, count: int) -> None:
-        """Put the units of a layer into the given order; the first `count` of them are shared from now on."""
+    def share(self, layer: Layer, writer: str, order: np.ndarray, groups: Sequence[tuple[Owners, int]]) -> None:
+        """Put the units of a layer into the given order: groups of shared units first, then the task's own."""
         assert layer.space is not None
         self.structure.reorder(self.network, layer.space, order)
-        self.shared[layer.space] = (writer, count)
+        self.shared[layer.space] = (writer, tuple(groups))
+        self.changed = True
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -5,25 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
 from typing import Any
 
-import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from taskzip.assembly import SharedInputs, align_inputs, install_blocks
-from taskzip.curvature import LayerStatistics, damped
-from taskzip.difference import functional_difference
+from taskzip.alignment import JointInputs, align_inputs
+from taskzip.assembly import Groups, install_blocks
+from taskzip.curvature import LayerStatistics
 from taskzip.errors import InputError
 from taskzip.graph import OUTPUT, Layer
-from taskzip.matching import Matching, Pairs, match
-from taskzip.members import Member
-from taskzip.merging import merge_weights
+from taskzip.joining import JointLayer
+from taskzip.matching import Matching
+from taskzip.members import Member, Owners
 from taskzip.observation import MaxRows
 from taskzip.plan import Quota, SharePlan, as_plan
-from taskzip.recalibration import batch_norm_statistics, least_squares, match_spread
+from taskzip.recalibration import batch_norm_statistics, least_squares
 from taskzip.retraining import Retraining
 from taskzip.task import Task
 from taskzip.zipped import LayerRecord, ZippedModel
@@ -65,7 +64,8 @@ def zip_tasks(
     are left exactly as they were.
 
     Args:
-        tasks: two tasks, with networks of equally many layers; widths may differ.
+        tasks: two or more tasks, with networks of equally many layers; widths may differ. They are added one after
+            another to the joint network (Sec. 3.4); a unit of a later task may join units that others share already.
         share: how much to share: a fraction of each hidden layer's units (of the smaller one), a dict by layer name
             with fractions (float) or counts (int), or `Threshold(eps)`. Layers are called as in the first task's
             network.
@@ -126,101 +126,72 @@ def zip_tasks(
 def _zip_layer(members: Sequence[Member], layers: Sequence[Layer], settings: Settings) -> LayerRecord:
     """One turn of Algorithm 1: what the layer reads, which units pair, their merged weights, the joint layer."""
     name = layers[0].name
-    inputs = align_inputs(members, layers)
-    obstacle = _obstacle(members, layers, inputs)
+    inputs, obstacle = _participants(members, layers)
     quota = settings.plan.quota(name, min(layer.units for layer in layers))
     if obstacle and quota.pairs and name in settings.plan.named():
         raise InputError(f"layer {name!r} cannot be shared: {obstacle}. Leave it out of `share`.")
-    sharing = not obstacle and quota.pairs > 0
     before = _size(members, layers)
+    sharing = inputs.layers if quota.pairs and not obstacle else {}
 
-    statistics = [_observe(m, x, settings, sharing) for m, x in zip(members, layers, strict=True)]
+    statistics = [_observe(m, x, settings, t in sharing) for t, (m, x) in enumerate(zip(members, layers, strict=True))]
     weights = [_compensated(m, x, s, settings) for m, x, s in zip(members, layers, statistics, strict=True)]
-    pairs = None
-    if sharing:
-        turn = _Turn(members, layers, inputs, [s for s in statistics if s is not None], settings)
-        pairs = turn.pair(weights, quota)
-    if pairs is not None and len(pairs.a):
-        weights, merged = turn.merge(weights, pairs)
-    for member, layer, s, w in zip(members, layers, statistics, weights, strict=True):
-        _settle(member, layer, s, w)
-    if pairs is None or not len(pairs.a):
-        note = "" if all(layer.pinned == OUTPUT for layer in layers) else obstacle  # outputs are private, as they should
+    joint = _join(members, inputs, statistics, weights, quota, settings) if sharing else None
+    merged = dict(enumerate(weights)) | (joint.finished({t: weights[t] for t in sharing}) if joint else {})
+    for t, (member, layer) in enumerate(zip(members, layers, strict=True)):
+        _settle(member, layer, statistics[t], merged[t])
+    if joint is None or not joint.shared_units():
+        note = "" if all(layer.pinned == OUTPUT for layer in layers) else obstacle
         return _record(members, layers, 0, 0.0, before, note)
-    for member, layer, units in zip(members, layers, (pairs.a, pairs.b), strict=True):
-        member.share(layer, name, _shared_first(units, layer.units), len(units))
-        member.changed = True
-    install_blocks(members, layers, inputs, len(pairs.a), merged)
-    return _record(members, layers, len(pairs.a), float(pairs.cost.sum()), before, "")
+    groups = {t: _arrange(members[t], layer, name, joint.units_of(t)) for t, layer in sharing.items()}
+    install_blocks(members, inputs, groups)
+    return _record(members, layers, joint.shared_units(), joint.cost, before, "")
 
 
-@dataclass(frozen=True)
-class _Turn:
-    """What one layer's pairing and merging work with; weights are matrices [units, inputs * taps + 1], bias last."""
+def _participants(members: Sequence[Member], layers: Sequence[Layer]) -> tuple[JointInputs, str]:
+    """The tasks whose layers can share with the first one's and the inputs they share; or why there are none."""
+    obstacle = ""
+    able: dict[int, Layer] = {}
+    for t, (member, layer) in enumerate(zip(members, layers, strict=True)):
+        first = next(iter(able.values()), layer)
+        if layer.pinned:
+            obstacle = obstacle or f"in {member.task.name}, {layer.pinned}"
+        elif (layer.kind, layer.kernel) != (first.kind, first.kernel):
+            obstacle = obstacle or f"a {first.form} and a {layer.form} have no weights in common"
+        else:
+            able[t] = layer
+    inputs = align_inputs(members, able)
+    if len(able) > 1 and not inputs.segments:
+        obstacle = "no inputs in common (what it reads is not shared, or differs in size)"
+    return inputs, obstacle if len(able) < 2 or not inputs.segments else ""
 
-    members: Sequence[Member]
-    layers: Sequence[Layer]
-    inputs: SharedInputs
-    statistics: Sequence[LayerStatistics]
-    settings: Settings
 
-    def pair(self, weights: Sequence[Tensor], quota: Quota) -> Pairs:
-        """Choose the units to share, by the functional difference of their incoming weights from shared inputs."""
-        difference = functional_difference(*self._compared(self._comparable(weights)), *self._curvatures)
-        return match(
-            difference,
-            count=quota.pairs,
-            threshold=quota.threshold,
-            method=self.settings.matching,
-            seed=self.settings.seed,
-        )
+def _join(
+    members: Sequence[Member],
+    inputs: JointInputs,
+    statistics: Sequence[LayerStatistics | None],
+    weights: Sequence[Tensor],
+    quota: Quota,
+    settings: Settings,
+) -> JointLayer:
+    """Lines 4 to 9 of Algorithm 1, one task after another."""
+    seen = {t: s for t, s in enumerate(statistics) if s is not None}
+    own = {t: weights[t] for t in inputs.layers}
+    joint = JointLayer(members, inputs, seen, own, settings.balance, settings.damping)
+    for task in list(inputs.layers)[1:]:
+        joint.add(task, quota, settings.matching, settings.seed)
+    if settings.compensate:
+        joint.match_spread()
+    return joint
 
-    def merge(self, weights: Sequence[Tensor], pairs: Pairs) -> tuple[list[Tensor], Tensor]:
-        """The tasks' weights with the paired rows merged, and the shared part of those rows by itself."""
-        chosen = (pairs.a, pairs.b)
-        rows = [w[units] for w, units in zip(self._comparable(weights), chosen, strict=True)]
-        merged = merge_weights(self._compared(rows), self._curvatures)
-        rows = [self._with_shared(t, w, merged) for t, w in enumerate(rows)]
-        if self.settings.compensate and not any(layer.batch_norm for layer in self.layers):
-            scale, shift = match_spread(self.statistics, rows, chosen, self.settings.balance)
-            rows = [scale[:, None] * w for w in rows]
-            merged = scale[:, None] * merged
-            if self.inputs.bias:
-                merged[:, -1] += shift
-                rows = [self._with_shared(t, w, merged) for t, w in enumerate(rows)]
-        return [w.index_copy(0, units, r) for w, units, r in zip(weights, chosen, rows, strict=True)], merged
 
-    @cached_property
-    def _curvatures(self) -> list[Tensor]:
-        """H per task over the shared inputs, weighted, damped, with zeros for fictive connections."""
-        found = []
-        for t, (member, layer, s) in enumerate(zip(self.members, self.layers, self.statistics, strict=True)):
-            # Batch-norm takes the mean off again, for each task by itself, so that only the spread matters.
-            gram = s.rows * s.covariance() if layer.batch_norm else s.gram
-            columns = self._columns(t)
-            h = self.settings.balance[t] / member.samples * gram[columns[:, None], columns]
-            found.append(self.inputs.with_fictive(damped(h, self.settings.damping), layer, (0, 1)))
-        return found
-
-    def _comparable(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        """Weights divided by what batch-norm will divide them by: a unit's scale must not matter (design 2.4)."""
-        if not all(layer.batch_norm for layer in self.layers):
-            return list(weights)
-        return [w / m.batch_norm_scale(x)[:, None] for m, x, w in zip(self.members, self.layers, weights, strict=True)]
-
-    def _compared(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        """The columns from shared inputs, the same for all tasks."""
-        return [
-            self.inputs.with_fictive(w[:, self._columns(t)], layer, (1,))
-            for t, (layer, w) in enumerate(zip(self.layers, weights, strict=True))
-        ]
-
-    def _with_shared(self, task: int, rows: Tensor, merged: Tensor) -> Tensor:
-        """A task's rows with the merged weights in the place of the shared columns."""
-        return rows.index_copy(1, self._columns(task), self.inputs.without_fictive(merged, task, self.layers[task]))
-
-    def _columns(self, task: int) -> Tensor:
-        return self.inputs.columns(task, self.layers[task]).to(self.statistics[task].gram.device)
+def _arrange(member: Member, layer: Layer, writer: str, units: Mapping[Owners, Tensor]) -> Groups:
+    """Put a task's units into the order of the joint layer: those of most owners first, its own last."""
+    ordered = sorted(units.items(), key=lambda group: (-len(group[0]), group[0]))
+    groups = [(owners, len(each)) for owners, each in ordered]
+    member.share(
+        layer, writer, torch.cat([each for _, each in ordered]).cpu().numpy(), [g for g in groups if len(g[0]) > 1]
+    )
+    return groups
 
 
 def _observe(member: Member, layer: Layer, settings: Settings, sharing: bool) -> LayerStatistics | None:
@@ -250,24 +221,6 @@ def _settle(member: Member, layer: Layer, statistics: LayerStatistics | None, we
         variance.copy_(v)
 
 
-def _obstacle(members: Sequence[Member], layers: Sequence[Layer], inputs: SharedInputs) -> str:
-    """Why a layer has to stay private, or ""."""
-    for member, layer in zip(members, layers, strict=True):
-        if layer.pinned:
-            return f"in {member.task.name}, {layer.pinned}"
-    shapes = [f"{layer.kind} {'x'.join(map(str, layer.kernel))}".strip() for layer in layers]
-    if len(set(shapes)) > 1:
-        return f"a {shapes[0]} and a {shapes[1]} have no weights in common"
-    if not inputs.size:
-        return "no inputs in common (what it reads is not shared, or differs in size)"
-    return ""
-
-
-def _shared_first(units: Tensor, count: int) -> np.ndarray:
-    first = units.cpu().numpy()
-    return np.concatenate([first, np.setdiff1d(np.arange(count), first)])
-
-
 def _size(members: Sequence[Member], layers: Sequence[Layer]) -> int:
     """Parameters of a layer in all networks, shared ones counted once."""
     parameters = {p for m, x in zip(members, layers, strict=True) for p in m.parameters(x)}
@@ -287,14 +240,15 @@ def _record(
 def _checked(tasks: Sequence[Task]) -> Sequence[Task]:
     if isinstance(tasks, str) or not isinstance(tasks, Sequence) or not all(isinstance(t, Task) for t in tasks):
         raise InputError("tasks must be a list of taskzip.Task objects.")
-    if len(tasks) != 2:
-        raise InputError(f"zip needs two tasks, got {len(tasks)}; more than two come in a later version.")
+    if len(tasks) < 2:
+        raise InputError(f"zip needs at least two tasks, got {len(tasks)}.")
     names = [task.name for task in tasks]
-    if len(set(names)) < len(names):
-        raise InputError(f"two tasks are called {names[0]!r}: give each its own name.")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"two tasks are called {twice!r}: give each its own name.")
     for what, of in (("dtype", lambda p: p.dtype), ("device", lambda p: p.device)):
         found = [{of(p) for p in task.model.parameters() if p.is_floating_point()} for task in tasks]
-        if found[0] != found[1] or len(found[0]) != 1:
+        if any(each != found[0] for each in found) or len(found[0]) != 1:
             listed = "; ".join(
                 f"{n!r} has {', '.join(sorted(map(str, f))) or 'no parameters'}"
                 for n, f in zip(names, found, strict=True)

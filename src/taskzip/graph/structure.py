@@ -69,6 +69,11 @@ class Layer:
     batch_norm: BatchNormNames | None = None
 
     @property
+    def form(self) -> str:
+        """Its kind and kernel, for a person."""
+        return f"{self.kind} {'x'.join(map(str, self.kernel))}".strip()
+
+    @property
     def taps(self) -> int:
         """Weights per input: k * k for a k x k kernel, 1 for a linear layer."""
         return int(np.prod(self.kernel, dtype=int))
@@ -127,9 +132,8 @@ class Structure:
     def __str__(self) -> str:
         rows = [("layer", "kind", "units", "reads", "space", "shareable")]
         for layer in self.layers:
-            kind = layer.kind + (" " + "x".join(map(str, layer.kernel)) if layer.kernel else "")
             space = "-" if layer.space is None else f"s{layer.space}"
-            rows.append((layer.name, kind, str(layer.units), _reads(self, layer), space, layer.pinned or "yes"))
+            rows.append((layer.name, layer.form, str(layer.units), _reads(self, layer), space, layer.pinned or "yes"))
         return _table(rows)
 
 

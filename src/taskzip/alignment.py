@@ -1,0 +1,122 @@
+"""Which inputs of a layer are the same for which tasks: the columns over which weights can be compared and shared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from taskzip.graph import Layer
+from taskzip.members import Member, Owners
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Input channels that the same tasks share.
+
+    Attributes:
+        owners: these tasks.
+        channels: per owner, its own channels (columns of a linear layer) in the common order. Where the networks' own
+            inputs differ in size, a smaller one has only the first of them; the others are fictive connections of
+            weight 0 (Algorithm 1, first step).
+    """
+
+    owners: Owners
+    channels: Mapping[int, np.ndarray]
+
+    def size(self, tasks: Iterable[int]) -> int:
+        """How many channels the largest of these tasks has here."""
+        return max(len(self.channels[t]) for t in tasks)
+
+
+@dataclass(frozen=True)
+class JointInputs:
+    """All inputs of one layer that more than one task reads.
+
+    Attributes:
+        layers: the layer in each task that takes part.
+        segments: the shared input channels, by owners.
+        bias: the tasks that have a bias here.
+    """
+
+    layers: Mapping[int, Layer]
+    segments: tuple[Segment, ...]
+    bias: Owners
+
+    def common(self, tasks: Iterable[int]) -> CommonInputs:
+        """The inputs that all of these tasks share."""
+        wanted = set(tasks)
+        segments = [s for s in self.segments if wanted <= set(s.owners)]
+        return CommonInputs(self.layers, segments, wanted <= set(self.bias))
+
+
+class CommonInputs:
+    """The vector w~ of the paper: weights from inputs that certain tasks share, the bias (if all have one) last."""
+
+    def __init__(self, layers: Mapping[int, Layer], segments: Sequence[Segment], bias: bool) -> None:
+        self._layers = layers
+        self._segments = segments
+        self.bias = bias
+        self.taps = next(iter(layers.values())).taps
+        self.channels = sum(s.size(s.owners) for s in segments)
+        self.width = self.channels * self.taps + bias
+
+    def columns(self, task: int) -> Tensor:
+        """The columns of the task's weight matrix [units, inputs * taps + 1] that are common."""
+        channels = np.concatenate([np.empty(0, np.int64), *(s.channels[task] for s in self._segments)])
+        bias = [self._layers[task].inputs * self.taps] if self.bias else []
+        return torch.from_numpy(np.append(self._taps_of(channels), bias).astype(np.int64))
+
+    def places(self, task: int) -> Tensor:
+        """Where these columns lie in the common vector; where the task's own input is smaller, some are left out."""
+        starts = np.cumsum([0, *(s.size(s.owners) for s in self._segments)])
+        channels = [np.arange(len(s.channels[task])) + start for s, start in zip(self._segments, starts, strict=False)]
+        bias = [self.width - 1] if self.bias else []
+        places = self._taps_of(np.concatenate([np.empty(0, np.int64), *channels]))
+        return torch.from_numpy(np.append(places, bias).astype(np.int64))
+
+    def weights(self, task: int, rows: Float[Tensor, "units d1"]) -> Float[Tensor, "units width"]:
+        """The common part of a task's weights, 0 where a connection is fictive."""
+        part = rows[:, self.columns(task).to(rows.device)]
+        if part.shape[1] == self.width:
+            return part
+        return rows.new_zeros(len(rows), self.width).index_copy(1, self.places(task).to(rows.device), part)
+
+    def curvature(self, task: int, h: Float[Tensor, "d d"]) -> Float[Tensor, "width width"]:
+        """A curvature over the task's common columns with zeros for fictive connections."""
+        if len(h) == self.width:
+            return h
+        places = self.places(task).to(h.device)
+        whole = h.new_zeros(self.width, self.width)
+        whole[places[:, None], places] = h
+        return whole
+
+    def write(
+        self, task: int, rows: Float[Tensor, "units d1"], common: Float[Tensor, "units width"]
+    ) -> Float[Tensor, "units d1"]:
+        """A task's weights with the common part put in."""
+        columns, places = self.columns(task).to(rows.device), self.places(task).to(rows.device)
+        return rows.index_copy(1, columns, common[:, places])
+
+    def _taps_of(self, channels: np.ndarray) -> np.ndarray:
+        return (channels[:, None] * self.taps + np.arange(self.taps)).ravel()
+
+
+def align_inputs(members: Sequence[Member], layers: Mapping[int, Layer]) -> JointInputs:
+    """Which inputs of a layer its tasks share: the networks' input by position, hidden units by their groups."""
+    found: dict[tuple[str, Owners], dict[int, np.ndarray]] = {}
+    for t, layer in layers.items():
+        for source, positions in members[t].shared_inputs(layer).items():
+            found.setdefault(source, {})[t] = positions
+    segments = []
+    for (writer, owners), read in found.items():
+        # The networks' input is common to all that read it. Hidden units must be read by all of their owners, and
+        # equally often: one that is read 16 times by one task and 25 times by another has no common columns.
+        alike = len({each.shape for each in read.values()}) == 1
+        if len(read) > 1 and (writer == "" or (alike and set(read) == set(owners) & set(layers))):
+            segments.append(Segment(tuple(sorted(read)), {t: each.ravel() for t, each in read.items()}))
+    return JointInputs(layers, tuple(segments), tuple(t for t, layer in layers.items() if layer.bias is not None))
