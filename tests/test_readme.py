@@ -10,6 +10,7 @@ from taskzip.cli import app
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PROSE = re.sub(r"^```.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE)
 EXAMPLES = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 
 
@@ -25,7 +26,7 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert [path.name for path in tmp_path.iterdir()] == ["joint.safetensors"]
 
 
-@pytest.mark.parametrize("target", re.findall(r"\]\((?!http)([^)#]+)", README))
+@pytest.mark.parametrize("target", re.findall(r"\]\((?!http)([^)#]+)", PROSE))
 def test_links_lead_somewhere(target: str):
     assert (ROOT / target).exists()
 

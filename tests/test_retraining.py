@@ -106,7 +106,7 @@ def test_zip_retrains_after_each_layer(tasks: list[tz.Task]) -> None:
     assert [(e["retrained"], e["loss"]) for e in zipped.history.later] == [(2, "distill")]
     with pytest.raises(tz.InputError, match="retrain names layer 'x'"):
         tz.zip(tasks, share=1.0, retrain={"x": 3}, progress=False)
-    with pytest.raises(tz.InputError, match="must be a number of steps"):
+    with pytest.raises(tz.InputError, match="steps=-1 must be a whole number"):
         tz.zip(tasks, share=1.0, retrain=-1, progress=False)
 
 
@@ -114,11 +114,42 @@ def test_bad_input_is_refused(zipped: tz.ZippedModel, tasks: list[tz.Task]) -> N
     unlabelled = [tz.Task(t.name, t.model, [x for x, _ in t.data]) for t in tasks]
     for given, settings, message in (
         (tasks[:1], {}, "has the tasks a, b, but a were given"),
-        (tasks, {"steps": -1}, "must not be negative"),
+        (tasks, {"steps": -1}, "steps=-1 must be a whole number"),
+        (tasks, {"steps": 1.5}, "steps=1.5 must be a whole number"),
+        (tasks, {"step_size": float("nan")}, "step_size=nan must be a number above 0"),
+        (tasks, {"step_size": -1}, "step_size=-1 must be a number above 0"),
+        (tasks, {"optimizer": "adam"}, "must be a function from parameters"),
+        (tasks, {"seed": -1}, "seed=-1"),
         (tasks, {"loss": "magic"}, "loss='magic' is not known"),
         (tasks, {"batch_norm": "maybe"}, "batch_norm='maybe' is not known"),
         (unlabelled, {}, "task 'a': its batches have no targets; pass loss='distill'"),
         (tasks, {"optimizer": lambda p: torch.optim.SGD(p, lr=1e30), "steps": 5}, "the loss is (nan|inf)"),
+        (tasks, {"optimizer": lambda p: torch.optim.SGD(p, lr=float("inf")), "steps": 1}, "weights became NaN"),
     ):
         with pytest.raises(tz.InputError, match=message):
             tz.retrain(copy.deepcopy(zipped), given, progress=False, **settings)
+
+
+def test_frozen_networks_and_missing_targets_are_refused_before_any_work(
+    zipped: tz.ZippedModel, tasks: list[tz.Task]
+) -> None:
+    for parameter in zipped.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(tz.InputError, match="all parameters of the joint network are frozen"):
+        tz.retrain(zipped, tasks, steps=1, progress=False)
+    unlabelled = [tz.Task(t.name, t.model, [x for x, _ in t.data]) for t in tasks]
+    with pytest.raises(tz.InputError, match="task 'a': its batches have no targets"):
+        tz.zip(unlabelled, share=1.0, retrain=5, progress=False)
+
+
+def test_a_cross_entropy_module_teaches_probabilities() -> None:
+    output, taught = torch.randn(8, 3, requires_grad=True), torch.randn(8, 3)
+    losses = [
+        distillation_loss(tz.Task("r", nn.Linear(2, 2), [torch.zeros(1, 2)], loss=loss), output, taught)
+        for loss in (F.cross_entropy, nn.CrossEntropyLoss())
+    ]
+    assert losses[0] == losses[1]
+    shifted = taught + 5.0  # the same probabilities
+    torch.testing.assert_close(
+        distillation_loss(tz.Task("r", nn.Linear(2, 2), [torch.zeros(1, 2)]), output, shifted), losses[0]
+    )

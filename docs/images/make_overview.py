@@ -19,6 +19,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from PIL import Image
 from torch import Tensor, nn
 
 import taskzip as tz
@@ -55,7 +56,10 @@ def main() -> None:
     axes.annotate("", (56.5, 21.5), (50, 21.5), arrowprops={"arrowstyle": "-|>", "lw": 2, "color": "#444444"})
     axes.text(53, 23, "zip", ha="center", fontsize=13, family="monospace")
     draw_joint(axes, zipped, image)
-    save_figure(figure, Path(__file__).parent / "overview.png")
+    path = Path(__file__).parent / "overview.png"
+    save_figure(figure, path)
+    with Image.open(path) as picture:
+        picture.convert("RGB").quantize(200).save(path, optimize=True)  # a third of the size
 
 
 def train(model: nn.Module, images: Tensor, labels: Tensor) -> nn.Module:

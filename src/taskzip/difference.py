@@ -8,6 +8,7 @@ needed.
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -37,4 +38,7 @@ def functional_difference(
     own_a = (w_a.mT * pulled_a).sum(0) - white_a.square().sum(0)  # wA^T M wA
     own_b = (w_b.mT * pulled_b).sum(0) - white_b.square().sum(0)
     both = white_a.mT @ white_b  # wA^T M wB
-    return (own_a[:, None] + own_b[None, :] - 2 * both).clamp_min_(0).mul_(0.5)
+    d = (own_a[:, None] + own_b[None, :]).sub_(both, alpha=2).mul_(0.5)
+    # Equal weights leave only rounding, in proportion to what was subtracted: that is 0.
+    size_a, size_b = ((w.mT * p).sum(0) for w, p in ((w_a, pulled_a), (w_b, pulled_b)))
+    return d.masked_fill_(d <= 1e-13 * torch.minimum(size_a[:, None], size_b[None, :]), 0)

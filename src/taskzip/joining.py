@@ -97,7 +97,7 @@ class JointLayer:
         found = {}
         for t, w in weights.items():
             shared = [units for owners, units in self.units_of(t).items() if len(owners) > 1]
-            units = torch.cat(shared) if shared else self._all_units(t)[:0]
+            units = torch.cat([self._all_units(t)[:0, 0], *shared])
             found[t] = w.index_copy(0, units, self.weights[t][units])
         return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,9 +41,17 @@ class Member:
         self.samples = task.check_data()
         self.network = copy.deepcopy(task.model).eval()
         self._first_batch = next(task.batches())
+        self._answers = self._first_answers()
         self.structure = self._analyse()
         self.shared: dict[int, tuple[str, tuple[tuple[Owners, int], ...]]] = {}
         self.changed = False
+
+    def _first_answers(self) -> Any:
+        with evaluating(self.network):
+            answers = run_batch(self.task, self.network, self._first_batch, 0)
+        if any(isinstance(y, Tensor) and y.isnan().any() for y in pytree.tree_leaves(answers)):
+            raise InputError(f"task {self.task.name!r}: the network's own outputs are NaN on the first batch.")
+        return answers
 
     def _check_parameters(self) -> None:
         for name, tensor in self.task.model.state_dict(keep_vars=True).items():
@@ -67,16 +76,10 @@ class Member:
         """
         rng = np.random.default_rng(seed)
         orders = [rng.permutation(len(space.units)) for space in self.structure.spaces]
-        with evaluating(self.network):
-            wanted = run_batch(self.task, self.network, self._first_batch, 0)
-        if any(isinstance(y, Tensor) and y.isnan().any() for y in pytree.tree_leaves(wanted)):
-            raise InputError(
-                f"task {self.task.name!r}: the network's own outputs are NaN or infinite on the first batch."
-            )
-        if self._agrees(orders, range(len(orders)), wanted):
+        if self._agrees(orders, range(len(orders))):
             return
         for space in range(len(orders)):
-            if not self._agrees(orders, [space], wanted):
+            if not self._agrees(orders, [space]):
                 layer = next((x.name for x in self.structure.layers if x.space == space), "an unnamed layer")
                 raise GraphError(
                     f"task {self.task.name!r}: re-ordering the units of {layer!r} changes the outputs, so its readers "
@@ -86,13 +89,13 @@ class Member:
             f"task {self.task.name!r}: re-ordering hidden units changes the outputs; please report the network."
         )
 
-    def _agrees(self, orders: Sequence[np.ndarray], spaces: Sequence[int], wanted: object) -> bool:
+    def _agrees(self, orders: Sequence[np.ndarray], spaces: Sequence[int]) -> bool:
         network = copy.deepcopy(self.network)
         for space in spaces:
             self.structure.reorder(network, space, orders[space])
         with evaluating(network):
             given = run_batch(self.task, network, self._first_batch, 0)
-        pairs = zip(pytree.tree_leaves(wanted), pytree.tree_leaves(given), strict=True)
+        pairs = zip(pytree.tree_leaves(self._answers), pytree.tree_leaves(given), strict=True)
         return all(_close(a, b) for a, b in pairs if isinstance(a, Tensor))
 
     def observer(self, max_rows: MaxRows, seed: int) -> Observer:

@@ -124,6 +124,8 @@ def run_batch(task: Task, model: nn.Module, batch: Batch, index: int) -> Any:
     """
     try:
         return task.run(model, batch)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         shapes = ", ".join(str(tuple(t.shape)) for t in input_tensors(batch))
         reason = str(error).strip().splitlines()[0]

@@ -39,7 +39,7 @@ class Threshold:
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
-        return {"threshold": dict(self.eps) if isinstance(self.eps, Mapping) else self.eps}
+        return {"threshold": _plain(self.eps)}
 
     def quota(self, layer: str, units: int) -> Quota:
         """What `layer`, with `units` pairs at most, may share."""
@@ -75,7 +75,7 @@ class Share:
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
-        return {"share": dict(self.amount) if isinstance(self.amount, Mapping) else self.amount}
+        return {"share": _plain(self.amount)}
 
     def quota(self, layer: str, units: int) -> Quota:
         """What `layer`, with `units` pairs at most, may share.
@@ -109,3 +109,10 @@ def as_plan(share: float | Mapping[str, float] | SharePlan) -> SharePlan:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _plain(amount: float | Mapping[str, float]) -> object:
+    """Numbers as JSON knows them."""
+    if isinstance(amount, Mapping):
+        return {layer: _plain(each) for layer, each in amount.items()}
+    return int(amount) if isinstance(amount, Integral) else float(amount)

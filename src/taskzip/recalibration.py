@@ -13,6 +13,9 @@ from torch import Tensor
 
 from taskzip.curvature import LayerStatistics, solve_symmetric
 
+_ROUNDING = 1e-9
+"""Corrections below this, relative to a unit's spread, are rounding: units that agree stay exactly as they are."""
+
 
 def least_squares(
     statistics: LayerStatistics, weights: Float[Tensor, "units d1"], ridge: float, *, bias: bool
@@ -65,7 +68,9 @@ def match_spread(
         mean, variance = mean + alpha * m, variance + alpha * v
     tiny = 1e-12 * (wanted_variance + wanted_mean.square()) + torch.finfo(variance.dtype).tiny
     scale = torch.where(variance > tiny, (wanted_variance / variance.clamp_min(tiny)).sqrt(), torch.ones_like(variance))
-    return scale, wanted_mean - scale * mean
+    scale = torch.where((scale - 1).abs() < _ROUNDING, torch.ones_like(scale), scale)
+    shift = wanted_mean - scale * mean
+    return scale, torch.where(shift.abs() < _ROUNDING * wanted_variance.sqrt(), torch.zeros_like(shift), shift)
 
 
 def batch_norm_statistics(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -16,10 +18,12 @@ from torch.utils import _pytree as pytree
 
 from taskzip.errors import InputError
 from taskzip.observation import evaluating, run_batch
+from taskzip.randomness import checked_seed, seeded
 from taskzip.task import Batch, Task
 from taskzip.zipped import ZippedModel
 
 Loss = Literal["labels", "distill"]
+BatchNorm = Literal["frozen", "update"]
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 SMALLEST_RMS = 1e-3
@@ -32,36 +36,114 @@ class Retraining:
 
     Args:
         steps: after every layer that shares anything, or a dict by layer name; a layer left out is not retrained.
-        loss, step_size, optimizer, batch_norm: as in `retrain`.
+        loss: as in `retrain`.
+        step_size: as in `retrain`.
+        optimizer: as in `retrain`.
+        batch_norm: as in `retrain`.
+
+    Raises:
+        InputError: a setting that cannot be used.
     """
 
     steps: int | Mapping[str, int]
     loss: Loss = "labels"
     step_size: float = 1e-2
     optimizer: MakeOptimizer | None = None
-    batch_norm: Literal["frozen", "update"] = "frozen"
+    batch_norm: BatchNorm = "frozen"
+
+    def __post_init__(self) -> None:
+        for steps in self.steps.values() if isinstance(self.steps, Mapping) else [self.steps]:
+            if not isinstance(steps, Integral) or isinstance(steps, bool) or steps < 0:
+                raise InputError(f"steps={steps!r} must be a whole number >= 0.")
+        if self.loss not in ("labels", "distill"):
+            raise InputError(f"loss={self.loss!r} is not known: choose 'labels' or 'distill'.")
+        if not isinstance(self.step_size, (int, float)) or not 0 < self.step_size < math.inf:
+            raise InputError(f"step_size={self.step_size!r} must be a number above 0.")
+        if self.optimizer is not None and not callable(self.optimizer):
+            raise InputError(f"optimizer={self.optimizer!r} must be a function from parameters to a torch optimizer.")
+        if self.batch_norm not in ("frozen", "update"):
+            raise InputError(f"batch_norm={self.batch_norm!r} is not known: choose 'frozen' or 'update'.")
 
     def named(self) -> Iterable[str]:
         """The layers that are named one by one."""
         return self.steps.keys() if isinstance(self.steps, Mapping) else ()
 
-    def run(self, zipped: ZippedModel, tasks: Sequence[Task], steps: int, seed: int) -> None:
-        """Retrain a half-zipped network."""
-        retrain(
-            zipped,
-            tasks,
-            steps,
-            loss=self.loss,
-            step_size=self.step_size,
-            optimizer=self.optimizer,
-            batch_norm=self.batch_norm,
-            progress=False,
-            seed=seed,
-        )
-
     def after(self, layer: str) -> int:
         """The steps after this layer."""
-        return self.steps.get(layer, 0) if isinstance(self.steps, Mapping) else self.steps
+        return int(self.steps.get(layer, 0) if isinstance(self.steps, Mapping) else self.steps)
+
+    def check(self, tasks: Sequence[Task]) -> None:
+        """Whether the tasks' data hold what the loss needs.
+
+        Raises:
+            InputError: batches without targets, though labels are to teach.
+        """
+        wanted = any(self.steps.values()) if isinstance(self.steps, Mapping) else self.steps
+        for task in tasks if wanted and self.loss == "labels" else ():
+            if task.targets(next(task.batches())) is None:
+                raise InputError(
+                    f"task {task.name!r}: its batches have no targets; pass loss='distill' to retrain without labels."
+                )
+
+    def run(
+        self, zipped: ZippedModel, tasks: Sequence[Task], steps: int, *, seed: int, progress: bool = False
+    ) -> list[dict[str, float]]:
+        """Retrain, with everything checked already."""
+        parameters = [p for p in zipped.parameters() if p.requires_grad]
+        if not parameters:
+            raise InputError(
+                "all parameters of the joint network are frozen (requires_grad=False): nothing to retrain."
+            )
+        own = self.optimizer is None
+        optimizer = relative_adam(parameters, self.step_size) if self.optimizer is None else self.optimizer(parameters)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1)) if own else None
+        losses = []
+        with seeded(seed), _retraining_mode(zipped, self.batch_norm), _losses_bar(progress) as bar:
+            streams = [_endless(task) for task in tasks]
+            todo = bar.add_task("retraining", total=steps, losses="")
+            for step in range(steps):
+                optimizer.zero_grad(set_to_none=True)
+                now = self._backward(zipped, tasks, [next(stream) for stream in streams], step)
+                optimizer.step()
+                if schedule is not None:
+                    schedule.step()
+                losses.append(now)
+                bar.update(todo, advance=1, losses="  ".join(f"{name} {value:.4f}" for name, value in now.items()))
+            optimizer.zero_grad(set_to_none=True)
+        if not all(bool(torch.isfinite(p).all()) for p in parameters):
+            raise InputError(
+                "the weights became NaN or infinite while retraining: zip again, with a smaller step_size."
+            )
+        zipped.history.later.append(self._record(steps, type(optimizer).__name__, seed))
+        return losses
+
+    def _backward(
+        self, zipped: ZippedModel, tasks: Sequence[Task], batches: Sequence[Batch], step: int
+    ) -> dict[str, float]:
+        """Gradients of the balanced sum of the losses on one batch per task; the losses."""
+        losses = {}
+        for task, batch in zip(tasks, batches, strict=True):
+            loss = self._loss(task, run_batch(task, zipped[task.name], batch, step), batch)
+            (balance_of(zipped, task) * loss).backward()
+            losses[task.name] = float(loss.detach())
+            if not math.isfinite(losses[task.name]):
+                raise InputError(
+                    f"task {task.name!r}: the loss is {losses[task.name]} at step {step}: zip again and take a smaller "
+                    f"step_size, or check the targets."
+                )
+        return losses
+
+    def _loss(self, task: Task, output: Any, batch: Batch) -> Tensor:
+        if self.loss == "labels":
+            return task.loss(output, task.targets(batch))
+        with evaluating(task.model):
+            taught = task.run(task.model, batch)
+        return distillation_loss(task, output, taught)
+
+    def _record(self, steps: int, optimizer: str, seed: int) -> dict[str, Any]:
+        step_size = self.step_size if self.optimizer is None else None
+        how = {"loss": self.loss, "step_size": step_size, "optimizer": optimizer, "batch_norm": self.batch_norm}
+        return {"retrained": steps, **how, "seed": seed}
 
 
 def retrain(
@@ -72,7 +154,7 @@ def retrain(
     loss: Loss = "labels",
     step_size: float = 1e-2,
     optimizer: MakeOptimizer | None = None,
-    batch_norm: Literal["frozen", "update"] = "frozen",
+    batch_norm: BatchNorm = "frozen",
     progress: bool = True,
     seed: int = 0,
 ) -> list[dict[str, float]]:
@@ -87,7 +169,7 @@ def retrain(
         tasks: the tasks that it was made from; their data are read again from the start when they end.
         steps: how many.
         loss: "labels" for each task's own loss against its targets; "distill" to have the original networks teach,
-            which needs no labels: cross-entropy against their softened answers where the task's loss is cross-entropy,
+            which needs no labels: the divergence from their class probabilities where the task's loss is cross-entropy,
             else the squared error relative to the variance of their answers.
         step_size: relative step of the default optimizer, Adam with a learning rate per tensor of `step_size` times the
             tensor's root mean square, annealed to zero along a cosine. Merged layers differ in scale a hundredfold, and
@@ -95,102 +177,60 @@ def retrain(
         optimizer: instead, a function from parameters to any torch optimizer, used without a schedule.
         batch_norm: "frozen" or "update".
         progress: show a progress bar with the losses on standard error.
-        seed: of dropout-like randomness and of loaders that shuffle with torch's global generator, which is left as it
-            was.
+        seed: of loaders that shuffle with torch's global generator, which is left as it was.
 
     Returns:
         Per step, the loss of each task.
 
     Raises:
-        InputError: other tasks than those zipped, missing targets, or a loss that becomes NaN or infinite.
+        InputError: other tasks than those zipped, missing targets, settings that cannot be used, or a loss that becomes
+            NaN or infinite.
     """
-    _check(zipped, tasks, steps, loss, batch_norm)
-    weights = _balance(zipped, tasks)
-    chosen = [p for p in zipped.parameters() if p.requires_grad]
-    stepper = relative_adam(chosen, step_size) if optimizer is None else optimizer(chosen)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(stepper, max(steps, 1)) if optimizer is None else None
-    losses: list[dict[str, float]] = []
-    with (
-        torch.random.fork_rng(),
-        _retraining_mode(zipped, batch_norm),
-        Progress(
-            *Progress.get_default_columns(),
-            TextColumn("{task.fields[losses]}"),
-            console=Console(stderr=True),
-            transient=True,
-            disable=not progress,
-        ) as bar,
-    ):
-        torch.manual_seed(seed)
-        streams = [_endless(task) for task in tasks]
-        todo = bar.add_task("retraining", total=steps, losses="")
-        for _ in range(steps):
-            stepper.zero_grad(set_to_none=True)
-            now = {}
-            for task, weight, stream in zip(tasks, weights, streams, strict=True):
-                value = _loss(zipped, task, next(stream), loss)
-                (weight * value).backward()
-                now[task.name] = float(value.detach())
-            _check_finite(now, len(losses))
-            stepper.step()
-            if schedule is not None:
-                schedule.step()
-            losses.append(now)
-            bar.update(todo, advance=1, losses="  ".join(f"{name} {value:.4f}" for name, value in now.items()))
-        stepper.zero_grad(set_to_none=True)
-    zipped.history.later.append(
-        {
-            "retrained": steps,
-            "loss": loss,
-            "step_size": step_size if optimizer is None else None,
-            "optimizer": type(stepper).__name__,
-            "batch_norm": batch_norm,
-            "seed": seed,
-        }
-    )
-    return losses
+    settings = Retraining(steps, loss, step_size, optimizer, batch_norm)
+    names = [task.name for task in tasks]
+    if sorted(names) != sorted(zipped):
+        raise InputError(
+            f"the joint network has the tasks {', '.join(zipped)}, but {', '.join(names) or 'none'} were given."
+        )
+    for task in tasks:
+        task.check_data()
+    settings.check(tasks)
+    return settings.run(zipped, tasks, int(steps), seed=checked_seed(seed), progress=progress)
 
 
 def relative_adam(parameters: Iterable[nn.Parameter], step_size: float) -> torch.optim.Adam:
     """Adam whose step on each tensor is `step_size` times the tensor's root mean square."""
-    return torch.optim.Adam(
-        [
-            {"params": [p], "lr": step_size * max(float(p.detach().square().mean().sqrt()), SMALLEST_RMS)}
-            for p in parameters
-        ]
-    )
+    sizes = [(p, max(float(p.detach().square().mean().sqrt()), SMALLEST_RMS)) for p in parameters]
+    return torch.optim.Adam([{"params": [p], "lr": step_size * size} for p, size in sizes])
 
 
 def distillation_loss(task: Task, output: Any, taught: Any) -> Tensor:
-    """How far a network's output is from its teacher's, without labels; averaged over the tensors of the output."""
+    """How far a network's output is from its teacher's, without labels; averaged over the tensors of the output.
+
+    Raises:
+        InputError: an output without floating-point tensors.
+    """
     pairs = list(zip(pytree.tree_leaves(output), pytree.tree_leaves(taught), strict=True))
     pairs = [(y, t) for y, t in pairs if isinstance(y, Tensor) and y.is_floating_point() and y.requires_grad]
-    if task.loss is F.cross_entropy:
-        terms = [
-            F.kl_div(F.log_softmax(y, 1), F.log_softmax(t, 1), log_target=True, reduction="sum")
-            * y.shape[1]
-            / y.numel()
-            for y, t in pairs
-        ]
-    else:
-        terms = [F.mse_loss(y, t) / t.var(correction=0).clamp_min(torch.finfo(t.dtype).tiny) for y, t in pairs]
-    if not terms:
+    if not pairs:
         raise InputError(f"task {task.name!r}: its output has no floating-point tensor to distil.")
-    return torch.stack(terms).mean()
+    classes = task.loss is F.cross_entropy or isinstance(task.loss, nn.CrossEntropyLoss)
+    return torch.stack([_divergence(y, t) if classes else _relative_error(y, t) for y, t in pairs]).mean()
 
 
-def _loss(zipped: ZippedModel, task: Task, batch: Batch, loss: Loss) -> Tensor:
-    output = run_batch(task, zipped[task.name], batch, 0)
-    if loss == "distill":
-        with evaluating(task.model):
-            taught = task.run(task.model, batch)
-        return distillation_loss(task, output, taught)
-    targets = task.targets(batch)
-    if targets is None:
-        raise InputError(
-            f"task {task.name!r}: its batches have no targets; pass loss='distill' to retrain without labels."
-        )
-    return task.loss(output, targets)
+def balance_of(zipped: ZippedModel, task: Task) -> float:
+    """The weight of a task's error, as `zip` was told."""
+    return float(zipped.history.settings["balance"][list(zipped).index(task.name)])
+
+
+def _divergence(y: Tensor, taught: Tensor) -> Tensor:
+    """Mean Kullback-Leibler divergence between class probabilities; logits lie along axis 1."""
+    apart = F.kl_div(F.log_softmax(y, 1), F.log_softmax(taught, 1), log_target=True, reduction="none")
+    return apart.sum(1).mean()
+
+
+def _relative_error(y: Tensor, taught: Tensor) -> Tensor:
+    return F.mse_loss(y, taught) / taught.var(correction=0).clamp_min(torch.finfo(taught.dtype).tiny)
 
 
 def _endless(task: Task) -> Iterator[Batch]:
@@ -198,8 +238,13 @@ def _endless(task: Task) -> Iterator[Batch]:
         yield from task.batches()
 
 
+def _losses_bar(progress: bool) -> Progress:
+    columns = (*Progress.get_default_columns(), TextColumn("{task.fields[losses]}"))
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not progress)
+
+
 @contextmanager
-def _retraining_mode(zipped: ZippedModel, batch_norm: str) -> Iterator[None]:
+def _retraining_mode(zipped: ZippedModel, batch_norm: BatchNorm) -> Iterator[None]:
     modes = {module: module.training for module in zipped.modules()}
     try:
         for module in zipped.modules():
@@ -208,32 +253,3 @@ def _retraining_mode(zipped: ZippedModel, batch_norm: str) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-def _balance(zipped: ZippedModel, tasks: Sequence[Task]) -> list[float]:
-    names = list(zipped)
-    return [zipped.history.settings["balance"][names.index(task.name)] for task in tasks]
-
-
-def _check(zipped: ZippedModel, tasks: Sequence[Task], steps: int, loss: str, batch_norm: str) -> None:
-    names = [task.name for task in tasks]
-    if sorted(names) != sorted(zipped):
-        raise InputError(
-            f"the joint network has the tasks {', '.join(zipped)}, but {', '.join(names) or 'none'} were given."
-        )
-    if steps < 0:
-        raise InputError(f"steps={steps} must not be negative.")
-    if loss not in ("labels", "distill"):
-        raise InputError(f"loss={loss!r} is not known: choose 'labels' or 'distill'.")
-    if batch_norm not in ("frozen", "update"):
-        raise InputError(f"batch_norm={batch_norm!r} is not known: choose 'frozen' or 'update'.")
-    for task in tasks:
-        task.check_data()
-
-
-def _check_finite(losses: Mapping[str, float], step: int) -> None:
-    for name, value in losses.items():
-        if not torch.isfinite(torch.tensor(value)):
-            raise InputError(
-                f"task {name!r}: the loss is {value} at step {step}: take a smaller step_size, or check the targets."
-            )

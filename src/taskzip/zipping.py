@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -21,26 +18,13 @@ from taskzip.joining import JointLayer
 from taskzip.matching import Matching
 from taskzip.members import Member, Owners
 from taskzip.observation import MaxRows
-from taskzip.plan import Quota, SharePlan, as_plan
+from taskzip.plan import Quota, SharePlan
+from taskzip.randomness import seeded
 from taskzip.recalibration import batch_norm_statistics, least_squares
 from taskzip.retraining import Retraining
+from taskzip.settings import Settings, read_settings
 from taskzip.task import Task
 from taskzip.zipped import LayerRecord, ZippedModel
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The options of `zip`, validated."""
-
-    plan: SharePlan
-    balance: tuple[float, ...]
-    matching: Matching
-    compensate: bool
-    damping: float
-    ridge: float
-    max_rows: MaxRows
-    retraining: Retraining
-    seed: int
 
 
 def zip_tasks(
@@ -92,25 +76,33 @@ def zip_tasks(
         GraphError: a network that torch.export cannot follow, or that was read wrongly.
     """
     tasks = _checked(tasks)
-    settings = Settings(
-        as_plan(share),
-        _balance(tasks, balance),
-        _one_of("matching", matching, ("optimal", "greedy", "random")),
-        compensate,
-        _not_negative("damping", damping),
-        _not_negative("ridge", ridge),
-        _max_rows(max_rows),
-        _retraining(retrain),
-        _seed(seed),
+    settings = read_settings(
+        [task.name for task in tasks],
+        share=share,
+        balance=balance,
+        matching=matching,
+        compensate=compensate,
+        damping=damping,
+        ridge=ridge,
+        max_rows=max_rows,
+        retrain=retrain,
+        seed=seed,
     )
+    with seeded(settings.seed):
+        return _zip(tasks, settings, progress)
+
+
+def _zip(tasks: Sequence[Task], settings: Settings, progress: bool) -> ZippedModel:
+    """Algorithm 1: layer by layer, each from inputs computed by the networks as zipped so far."""
     members = [Member(task) for task in tasks]
     layers = _correspondence(members)
     _check_names("share", settings.plan.named(), layers)
     _check_names("retrain", settings.retraining.named(), layers)
+    settings.retraining.check(tasks)
     for member in members:
-        member.check_orders(seed)
+        member.check_orders(settings.seed)
     zipped = ZippedModel({member.task.name: member.network for member in members})
-    zipped.history.settings = _plain(settings, members)
+    zipped.history.settings = settings.as_dict() | {"samples": {m.task.name: m.samples for m in members}}
     with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
         todo = bar.add_task("zipping", total=len(layers))
         for layer in layers:
@@ -118,7 +110,7 @@ def zip_tasks(
             record = _zip_layer(members, layer, settings)
             zipped.history.layers.append(record)
             if record.shared and (steps := settings.retraining.after(record.name)):
-                settings.retraining.run(zipped, tasks, steps, seed)
+                settings.retraining.run(zipped, tasks, steps, seed=settings.seed)
             bar.advance(todo)
     return zipped.eval()
 
@@ -234,9 +226,6 @@ def _record(
     return LayerRecord(names[0], names, units, shared, cost, before, _size(members, layers), note)
 
 
-# --- reading the arguments ----------------------------------------------------------------------------------------
-
-
 def _checked(tasks: Sequence[Task]) -> Sequence[Task]:
     if isinstance(tasks, str) or not isinstance(tasks, Sequence) or not all(isinstance(t, Task) for t in tasks):
         raise InputError("tasks must be a list of taskzip.Task objects.")
@@ -278,65 +267,3 @@ def _check_names(argument: str, named: Iterable[str], layers: Sequence[tuple[Lay
     for name in named:
         if name not in known:
             raise InputError(f"{argument} names layer {name!r}; the first network's layers are {', '.join(known)}.")
-
-
-def _retraining(retrain: int | Mapping[str, int] | Retraining | None) -> Retraining:
-    settings = retrain if isinstance(retrain, Retraining) else Retraining(retrain or 0)
-    steps = settings.steps.values() if isinstance(settings.steps, Mapping) else [settings.steps]
-    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in steps):
-        raise InputError(f"retrain={retrain!r} must be a number of steps, a dict of steps by layer, or a Retraining.")
-    return settings
-
-
-def _balance(tasks: Sequence[Task], balance: float | Sequence[float] | Mapping[str, float] | None) -> tuple[float, ...]:
-    if balance is None:
-        return (1 / max(len(tasks), 1),) * len(tasks)
-    if isinstance(balance, Mapping):
-        names = [task.name for task in tasks]
-        if set(balance) != set(names):
-            raise InputError(f"balance names {', '.join(map(str, balance))}, but the tasks are {', '.join(names)}.")
-        balance = [balance[name] for name in names]
-    try:
-        weights = [float(b) for b in (balance if isinstance(balance, Iterable) else [balance, 1 - balance])]
-    except (TypeError, ValueError) as error:
-        raise InputError(f"balance {balance!r} must be a number, numbers in order, or a dict by task name.") from error
-    if len(weights) != len(tasks) or not all(0 < b < 1 for b in weights) or abs(sum(weights) - 1) > 1e-6:
-        raise InputError(f"balance {weights} must give each of the {len(tasks)} tasks a weight above 0, summing to 1.")
-    return tuple(weights)
-
-
-def _one_of(name: str, value: Any, known: Sequence[Any]) -> Any:
-    if value not in known:
-        raise InputError(f"{name}={value!r} is not known: choose one of {', '.join(map(repr, known))}.")
-    return value
-
-
-def _not_negative(name: str, value: float) -> float:
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
-        raise InputError(f"{name}={value!r} must be a number >= 0.")
-    return float(value)
-
-
-def _seed(value: int) -> int:
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
-    raise InputError(f"seed={value!r} must be a whole number >= 0.")
-
-
-def _max_rows(value: MaxRows) -> MaxRows:
-    if value is None or value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
-        return value
-    raise InputError(f"max_rows={value!r} must be a positive number of rows, 'auto', or None for every row.")
-
-
-def _plain(settings: Settings, members: Sequence[Member]) -> dict[str, Any]:
-    """The settings as JSON can hold them, for the checkpoint."""
-    plain = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in ("plan", "retraining")}
-    steps = settings.retraining.steps
-    return {
-        "share": settings.plan.as_dict(),
-        **plain,
-        "balance": list(settings.balance),
-        "retrain": dict(steps) if isinstance(steps, Mapping) else steps,
-        "samples": {member.task.name: member.samples for member in members},
-    }

@@ -105,9 +105,7 @@ def test_absent_and_offline_names_path_variable_and_way_out(tmp_path: Path, offl
     path = "FashionMNIST/raw/t10k-images-idx3-ubyte.gz"
     assert message.startswith(f"{tmp_path / path} is absent and could not be downloaded from http")
     assert "no route to host" in message
-    assert message.endswith(
-        "set TASKZIP_DATA to a folder that holds FashionMNIST/raw/t10k-images-idx3-ubyte.gz"
-    )
+    assert message.endswith("set TASKZIP_DATA to a folder that holds FashionMNIST/raw/t10k-images-idx3-ubyte.gz")
 
 
 def test_downloads_what_is_absent_once(tmp_path: Path, mirror: Path):

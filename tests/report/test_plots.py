@@ -21,10 +21,10 @@ def zipped() -> tz.ZippedModel:
     return joint(0.5)
 
 
-def joint(share: float) -> tz.ZippedModel:
+def joint(share: float, names: tuple[str, ...] = ("left", "right")) -> tz.ZippedModel:
     torch.manual_seed(0)
-    models = [nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, outputs)).eval() for outputs in (3, 4)]
-    tasks = [tz.Task(name, m, [torch.randn(64, 6)]) for name, m in zip(("left", "right"), models, strict=True)]
+    models = [nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3 + i)).eval() for i in range(len(names))]
+    tasks = [tz.Task(name, m, [torch.randn(64, 6)]) for name, m in zip(names, models, strict=True)]
     return tz.zip(tasks, share=share, progress=False)
 
 
@@ -41,12 +41,23 @@ def test_a_png_for_any_share(tmp_path: Path, share: float, errors: plots.Errors 
 
 def test_bars_of_the_units_add_up(zipped: tz.ZippedModel):
     axes = Figure().add_subplot()
-    plots.draw_sharing(axes, zipped.history.layers, list(zipped))
+    plots.draw_sharing(axes, zipped)
     bars = [(round(p.get_x(), 6), round(p.get_width(), 6)) for p in axes.patches]
     assert bars[:3] == [(0, 33.333333), (33.333333, 33.333333), (66.666667, 33.333333)]  # 4 alone, 4 shared, 4 alone
     assert [text.get_text() for text in axes.texts] == ["4", "4", "4", "3", "4"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "2"]
     assert axes.get_xlabel()
+
+
+@pytest.mark.parametrize("names", [("a", "b", "c"), ("a", "b", "c", "d", "e", "f", "g")])
+def test_many_tasks_fit_as_well(tmp_path: Path, names: tuple[str, ...]):
+    zipped = joint(0.5, names)
+    plots.plot_zip(zipped, tmp_path / "plot.png")
+    for record in zipped.history.layers:
+        owned = plots.owned_units(zipped, record)
+        assert sum(units for owners, units in owned.items() if len(owners) > 1) == record.shared
+        for task, units in zip(names, record.units, strict=True):
+            assert sum(n for owners, n in owned.items() if task in owners) == units
 
 
 def test_bars_of_the_parameters_are_the_records(zipped: tz.ZippedModel):

@@ -20,8 +20,8 @@ def nets() -> dict[str, nn.Module]:
 def small_net(seed: int) -> nn.Module:
     torch.manual_seed(seed)
     return nn.Sequential(
-        nn.Conv2d(1, 6, 3, stride=2, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(96, 12), nn.ReLU(),
-        nn.Linear(12, 4),
+        nn.Conv2d(1, 6, 3, stride=2, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(),
+        nn.Linear(96, 12), nn.ReLU(), nn.Linear(12, 4),
     ).eval()  # fmt: skip
 
 

@@ -46,10 +46,9 @@ def demo(
     steps: Annotated[int, typer.Option(min=0, help="Steps of light retraining.")] = 200,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> None:
-    """Zip two small networks and show the result; half a minute, no download.
+    """Zip two small networks and show the result: half a minute, no download.
 
-    Both read the 8x8 handwritten digits of scikit-learn: one tells which digit it is, the other by which quarter turn
-    (0, 90, 180 or 270 degrees) the image was rotated.
+    Both see the handwritten digits of scikit-learn. One tells the digit, the other by which quarter turn it was rotated.
     """
     quiet = quiet or bool(context.obj)
     with exit_codes(), _reproducible(seed):
@@ -119,7 +118,7 @@ def _check_writable(out: Path) -> None:
             pass
     except OSError as error:
         raise tz.InputError(
-            f"cannot write to {out}, because {nearest} is refused ({error.strerror}): choose another folder with --out."
+            f"cannot write to {out} ({nearest}: {error.strerror}): choose another folder with --out."
         ) from error
 
 
@@ -189,12 +188,7 @@ def _show_errors(console: Console, errors: dict[str, dict[str, float]]) -> None:
 
 def _show_sizes(console: Console, sizes: dict[str, int], checkpoint: Path) -> None:
     apart, together = sum(sizes.values()), checkpoint.stat().st_size
-    each = " + ".join(f"{name} {_kilobytes(size)}" for name, size in sizes.items())
+    each = " + ".join(f"{size:,}" for size in sizes.values())
     console.print(
-        f"\nAs safetensors files: {each} = {_kilobytes(apart)} apart, "
-        f"{_kilobytes(together)} together ({together / apart:.0%})."
+        f"\nAs safetensors files: {apart:,} bytes apart ({each}), {together:,} together ({together / apart:.0%})."
     )
-
-
-def _kilobytes(size: int) -> str:
-    return f"{size / 1000:.1f} kB"

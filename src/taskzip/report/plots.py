@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from taskzip.errors import InputError
-from taskzip.report.summary import separate_parameters
 from taskzip.zipped import LayerRecord, ZippedModel
+from taskzip.zipped.blocks import installed, spec_of
+from taskzip.zipped.summary import separate_parameters
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +24,13 @@ Errors = Mapping[str, Mapping[str, float]]
 """Per stage ("before", "zipped", ...), the error of each task in percent."""
 
 FIRST, SECOND, SHARED = "#e39f3b", "#cfe2f6", "#27496d"
-"""Units of the first task alone, of the second alone, and of both."""
+"""Units of the first task alone, of the second alone, and of all tasks."""
+
+OTHERS = ("#a8cfa0", "#e6bcd6", "#d9d2a6", "#b9b3dd")
+"""Units of a third, fourth, ... task alone."""
+
+PARTLY = "#7391b0"
+"""Units that several tasks share, but not all."""
 
 APART = "#c9c9c9"
 DOTS = 150
@@ -33,7 +40,7 @@ def plot_zip(zipped: ZippedModel, path: str | Path, *, errors: Errors | None = N
     """Write one PNG: units shared per layer, parameters per layer before and after, and the tasks' errors.
 
     Args:
-        zipped: a joint network of two tasks.
+        zipped: a joint network.
         path: the file to write; whole or not at all.
         errors: per stage, the error of each task in percent; without it there is no third panel.
 
@@ -45,7 +52,7 @@ def plot_zip(zipped: ZippedModel, path: str | Path, *, errors: Errors | None = N
     widths = [3.2, 3.2] if errors is None else [3.2, 3.2, 3.6]
     figure = _figure(1.2 * sum(widths), 1.4 + 0.62 * max(len(records), 4))
     axes = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
-    draw_sharing(axes[0], records, list(zipped))
+    draw_sharing(axes[0], zipped)
     draw_parameters(axes[1], records, (separate_parameters(zipped), zipped.parameter_count()))
     axes[1].tick_params(labelleft=False)
     if errors is not None:
@@ -53,23 +60,44 @@ def plot_zip(zipped: ZippedModel, path: str | Path, *, errors: Errors | None = N
     save_figure(figure, path)
 
 
-def draw_sharing(axes: Axes, records: Sequence[LayerRecord], tasks: Sequence[str]) -> None:
-    """One bar per layer: units of the first task alone, of both, and of the second alone, adding up to 100%."""
-    for row, record in enumerate(records):
-        first, second = record.units
-        parts = (first - record.shared, record.shared, second - record.shared)
+def draw_sharing(axes: Axes, zipped: ZippedModel) -> None:
+    """One bar per layer: units of the first task alone, those shared, units of the others alone; together 100%."""
+    first, *others = zipped
+    some = f"shared by 2 to {len(others)}" if len(others) > 2 else "shared by 2"
+    colours = {f"only {first}": FIRST, "shared": SHARED, some: PARTLY}
+    colours |= {f"only {name}": (SECOND, *OTHERS)[i % (1 + len(OTHERS))] for i, name in enumerate(others)}
+    if len(others) == 1:
+        del colours[some]
+    for row, record in enumerate(zipped.history.layers):
+        parts = dict.fromkeys(colours, 0)
+        for owners, units in owned_units(zipped, record).items():
+            shared = "shared" if len(owners) == len(zipped) else some
+            parts[f"only {owners[0]}" if len(owners) == 1 else shared] += units
         left = 0.0
-        for units, colour in zip(parts, (FIRST, SHARED, SECOND), strict=True):
-            width = 100 * units / sum(parts)
-            axes.barh(row, width, left=left, height=0.62, color=colour, edgecolor="white", linewidth=0.8)
+        for owner, units in parts.items():
+            width = 100 * units / sum(parts.values())
+            axes.barh(row, width, left=left, height=0.62, color=colours[owner], edgecolor="white", linewidth=0.8)
             if width >= 6:
-                ink = "white" if colour == SHARED else "black"
+                ink = "white" if colours[owner] in (SHARED, PARTLY) else "black"
                 axes.text(left + width / 2, row, str(units), ha="center", va="center", color=ink, fontsize=9)
             left += width
-    _rows(axes, records)
+    _rows(axes, zipped.history.layers)
     axes.set(xlim=(0, 100), xlabel="units of the joint layer (%)")
-    names = (f"only {tasks[0]}", "shared", f"only {tasks[1]}")
-    _legend(axes, dict(zip(names, (FIRST, SHARED, SECOND), strict=True)), "Who owns the units")
+    _legend(axes, colours, "Who owns the units")
+
+
+def owned_units(zipped: ZippedModel, record: LayerRecord) -> dict[tuple[str, ...], int]:
+    """How many units of a joint layer each set of tasks owns."""
+    found = {}
+    for task, name, alone in zip(zipped, record.names, record.units, strict=True):
+        blocks = installed(zipped[task]).get(f"{name}.weight")
+        for row in spec_of(blocks).rows if blocks else ():
+            owners = tuple(row.blocks[0].name.partition("@")[0].split("+"))
+            if len(owners) > 1:
+                found[owners] = row.blocks[0].shape[0]
+                alone -= row.blocks[0].shape[0]
+        found[task,] = alone
+    return found
 
 
 def draw_parameters(axes: Axes, records: Sequence[LayerRecord], totals: tuple[int, int]) -> None:
@@ -157,12 +185,14 @@ def _legend(axes: Axes, colours: Mapping[str, str], title: str) -> None:
     """The title, and below it, above the plot, what the colours mean."""
     from matplotlib.patches import Patch
 
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=24)
+    columns = min(len(colours), 3)
+    lines = -(-len(colours) // columns)
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=8 + 16 * lines)
     axes.legend(
         handles=[Patch(color=colour, label=name) for name, colour in colours.items()],
         loc="lower left",
         bbox_to_anchor=(-0.01, 0.985),
-        ncols=len(colours),
+        ncols=columns,
         frameon=False,
         fontsize=9,
         handlelength=1,

@@ -170,6 +170,11 @@ def _origin(module: nn.Module) -> tuple[type[nn.Module], tuple[str, ...]]:
     return type(module), ()
 
 
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class that the module had before zipping."""
+    return _origin(module)[0]
+
+
 def spec_of(blocks: Blocks) -> BlocksSpec:
     """How a task's weight is put together."""
     return blocks._spec

@@ -6,16 +6,17 @@ import copy
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from taskzip.errors import CheckpointError
-from taskzip.zipped.blocks import Blocks, BlocksSpec, install, installed, spec_of
+from taskzip.zipped.blocks import Blocks, BlocksSpec, install, installed, original_class, spec_of
 from taskzip.zipped.model import History, ZippedModel
 
 FORMAT = 1
@@ -35,17 +36,20 @@ def save(zipped: ZippedModel, path: str | Path) -> None:
         "aliases": aliases,
         "history": zipped.history.as_dict(),
     }
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    target = Path(path).resolve()  # writes to where a symbolic link points, instead of replacing the link
+    if not target.parent.is_dir():
+        raise CheckpointError(f"cannot write {path}: there is no folder {target.parent}.")
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        save_file(tensors, part, metadata={_KEY: json.dumps(about)})
-        os.replace(part, path)
-    except (OSError, SafetensorError) as error:
+        part.write_bytes(serialize(tensors, metadata={_KEY: json.dumps(about)}))
+        os.replace(part, target)
+    except OSError as error:
         raise CheckpointError(
-            f"cannot write {path}: {error}. Check that the folder exists, is writable and has room."
+            f"cannot write {path}: {error.strerror}. Is the folder writable, and has it room?"
         ) from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def load(path: str | Path, networks: Mapping[str, nn.Module]) -> ZippedModel:
@@ -62,7 +66,21 @@ def load(path: str | Path, networks: Mapping[str, nn.Module]) -> ZippedModel:
     Raises:
         CheckpointError: a file that is absent, torn, foreign or of a later format, or networks that do not fit it.
     """
+    for name, network in networks.items():
+        if not isinstance(network, nn.Module):
+            raise CheckpointError(
+                f"network {name!r} must be a torch nn.Module, not {network!r}: give instances, not classes."
+            )
     about, tensors = _read(Path(path))
+    try:
+        return _build(path, about, tensors, networks)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # metadata that taskzip did not write
+        raise CheckpointError(f"{path} has damaged metadata ({type(error).__name__}: {error}).") from error
+
+
+def _build(
+    path: str | Path, about: Mapping[str, Any], tensors: Mapping[str, Tensor], networks: Mapping[str, nn.Module]
+) -> ZippedModel:
     if sorted(networks) != sorted(about["tasks"]):
         given = ", ".join(networks) or "none"
         raise CheckpointError(
@@ -105,11 +123,11 @@ def _once(zipped: ZippedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _structure_of(network: nn.Module) -> dict[str, Any]:
     """Which parameters are blocks, and the dense shapes of everything, by the names of the original architecture."""
-    blocks = installed(network)
+    blocks, original = installed(network), original_class(network)
     shapes = {k: list(v.shape) for k, v in network.state_dict().items() if "_blocks." not in k}
     shapes |= {name: list(spec_of(block).dense_shape) for name, block in blocks.items()}
     return {
-        "class": f"{type(network).__module__}.{type(network).__qualname__}",
+        "class": f"{original.__module__}.{original.__qualname__}",
         "shapes": shapes,
         "blocks": {name: spec_of(block).as_dict() for name, block in blocks.items()},
     }
@@ -123,11 +141,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             about = json.loads((file.metadata() or {}).get(_KEY, "null"))
             if not isinstance(about, dict) or "format" not in about:
                 raise CheckpointError(f"{path} is a safetensors file, but not a taskzip checkpoint.")
-            if about["format"] > FORMAT:
-                raise CheckpointError(
-                    f"{path} has format {about['format']}, this taskzip reads up to {FORMAT}: upgrade taskzip."
-                )
-            return about, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+            if about["format"] != FORMAT:
+                raise CheckpointError(f"{path} has format {about['format']}, this taskzip reads {FORMAT}: upgrade it.")
+            # Cloned into memory as torch aligns it: where a tensor starts decides on the last bit of some products.
+            return about, {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} is torn or not a safetensors file: {error}.") from error
 
@@ -154,7 +171,7 @@ def _skeleton(network: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
     for name, spec in structure["blocks"].items():
         blocks = BlocksSpec.from_dict(spec)
         empty = {
-            b.name: nn.Parameter(torch.empty(0), skeleton.get_parameter(name).requires_grad)
+            b.name: nn.Parameter(torch.empty(b.shape), skeleton.get_parameter(name).requires_grad)
             for row in blocks.rows
             for b in row.blocks
         }
@@ -171,8 +188,9 @@ def _fill(
     parameters: dict[str, nn.Parameter] = {}
     for key, present in list(zipped.state_dict(keep_vars=True).items()):
         source = aliases.get(key, key)
-        if source not in tensors:
-            raise CheckpointError(f"the checkpoint is incomplete: {source!r} is missing.")
+        found = tuple(tensors[source].shape) if source in tensors else "absent"
+        if found != tuple(present.shape):
+            raise CheckpointError(f"the checkpoint is damaged: {source!r} is {found}, not {tuple(present.shape)}.")
         tensor = tensors[source].to(devices[key.split(".")[1]])
         path, _, name = key.rpartition(".")
         module = zipped.get_submodule(path)

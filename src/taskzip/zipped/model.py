@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from taskzip.errors import InputError
-from taskzip.zipped.blocks import densify, installed
+from taskzip.zipped.blocks import densify
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class ZippedModel(nn.Module):
         return len(self.tasks)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Every task's output for the same input."""
+        """Every task's output for the same input. Networks that take different inputs are called one by one."""
         return {name: network(*args, **kwargs) for name, network in self.tasks.items()}
 
     def materialize(self, name: str) -> nn.Module:
@@ -97,7 +97,7 @@ class ZippedModel(nn.Module):
 
     def summary(self) -> str:
         """A table for people, at most 100 columns: per layer units, shared units, cost, parameters before and after."""
-        from taskzip.report import summary_table
+        from taskzip.zipped.summary import summary_table
 
         return summary_table(self)
 
@@ -126,7 +126,3 @@ class ZippedModel(nn.Module):
             for parameter in set(network.parameters()):
                 uses[parameter] = uses.get(parameter, 0) + 1
         return sum(parameter.numel() for parameter, times in uses.items() if times > 1)
-
-    def zipped_parameters(self, name: str) -> tuple[str, ...]:
-        """The names of one task's parameters that are put together from blocks."""
-        return tuple(installed(self[name]))

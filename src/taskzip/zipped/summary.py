@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from io import StringIO
 
 from rich.box import SIMPLE_HEAD
@@ -42,9 +43,13 @@ def summary_table(zipped: ZippedModel) -> str:
     out = StringIO()
     Console(file=out, width=WIDTH).print(table)
     lines = [line.rstrip() for line in out.getvalue().splitlines()]
-    notes = [f"{r.name} stays private: {r.note}." for r in zipped.history.layers if r.note]
-    head = f"{' + '.join(zipped)}: {before:,} parameters apart, {after:,} together"
+    notes = [_wrapped(f"{r.name} stays private: {r.note}.") for r in zipped.history.layers if r.note]
+    head = _wrapped(f"{' + '.join(zipped)}: {before:,} parameters apart, {after:,} together")
     return "\n".join([head, *[line for line in lines if line], *notes])
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, WIDTH, subsequent_indent="  ")
 
 
 def separate_parameters(zipped: ZippedModel) -> int:

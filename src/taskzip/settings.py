@@ -1,0 +1,115 @@
+"""The options of `zip`, read and checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+from taskzip.errors import InputError
+from taskzip.matching import Matching
+from taskzip.observation import MaxRows
+from taskzip.plan import SharePlan, as_plan
+from taskzip.randomness import checked_seed
+from taskzip.retraining import Retraining
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of `zip`, validated."""
+
+    plan: SharePlan
+    balance: tuple[float, ...]
+    matching: Matching
+    compensate: bool
+    damping: float
+    ridge: float
+    max_rows: MaxRows
+    retraining: Retraining
+    seed: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        steps = self.retraining.steps
+        return {
+            "share": self.plan.as_dict(),
+            "balance": list(self.balance),
+            "matching": self.matching,
+            "compensate": self.compensate,
+            "damping": self.damping,
+            "ridge": self.ridge,
+            "max_rows": self.max_rows,
+            "retrain": {k: int(n) for k, n in steps.items()} if isinstance(steps, Mapping) else int(steps),
+            "seed": self.seed,
+        }
+
+
+def read_settings(
+    names: Sequence[str],
+    *,
+    share: float | Mapping[str, float] | SharePlan,
+    balance: float | Sequence[float] | Mapping[str, float] | None,
+    matching: Matching,
+    compensate: bool,
+    damping: float,
+    ridge: float,
+    max_rows: MaxRows,
+    retrain: int | Mapping[str, int] | Retraining | None,
+    seed: int,
+) -> Settings:
+    """Read the arguments of `zip` for tasks of these names.
+
+    Raises:
+        InputError: an argument that cannot be used.
+    """
+    return Settings(
+        as_plan(share),
+        _balance(names, balance),
+        _one_of("matching", matching, ("optimal", "greedy", "random")),
+        _one_of("compensate", compensate, (True, False)),
+        _not_negative("damping", damping),
+        _not_negative("ridge", ridge),
+        _max_rows(max_rows),
+        retrain if isinstance(retrain, Retraining) else Retraining(0 if retrain is None else retrain),
+        checked_seed(seed),
+    )
+
+
+def _balance(names: Sequence[str], balance: float | Sequence[float] | Mapping[str, float] | None) -> tuple[float, ...]:
+    if balance is None:
+        return (1 / max(len(names), 1),) * len(names)
+    if isinstance(balance, Mapping):
+        if set(balance) != set(names):
+            raise InputError(
+                f"balance must name every task once: it names {list(balance)}, the tasks are {list(names)}."
+            )
+        balance = [balance[name] for name in names]
+    try:
+        weights = [float(b) for b in (balance if isinstance(balance, Iterable) else [balance, 1 - balance])]
+    except (TypeError, ValueError) as error:
+        raise InputError(f"balance {balance!r} must be a number, numbers in order, or a dict by task name.") from error
+    if len(weights) != len(names) or not all(0 < b < 1 for b in weights) or abs(sum(weights) - 1) > 1e-6:
+        raise InputError(f"balance {weights} must give each of the {len(names)} tasks a weight above 0, summing to 1.")
+    return tuple(weights)
+
+
+def _one_of(name: str, value: Any, known: Sequence[Any]) -> Any:
+    if value not in known:
+        raise InputError(f"{name}={value!r} is not known: choose one of {', '.join(map(repr, known))}.")
+    return value
+
+
+def _not_negative(name: str, value: float) -> float:
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < math.inf:
+        raise InputError(f"{name}={value!r} must be a number >= 0.")
+    return float(value)
+
+
+def _max_rows(value: MaxRows) -> MaxRows:
+    if value is None or value == "auto":
+        return value
+    if isinstance(value, Integral) and not isinstance(value, bool) and value > 0:
+        return int(value)
+    raise InputError(f"max_rows={value!r} must be a positive number of rows, 'auto', or None for every row.")
