@@ -48,7 +48,7 @@ def demo(
 ) -> None:
     """Zip two small networks and show the result: half a minute, no download.
 
-    Both see the handwritten digits of scikit-learn. One tells the digit, the other by which quarter turn it was rotated.
+    Both see the handwritten digits of scikit-learn: one tells the digit, the other by which quarter turn it is rotated.
     """
     quiet = quiet or bool(context.obj)
     with exit_codes(), _reproducible(seed):
