@@ -121,7 +121,7 @@ def _zip_layer(members: Sequence[Member], layers: Sequence[Layer], settings: Set
     inputs, obstacle = _participants(members, layers)
     quota = settings.plan.quota(name, min(layer.units for layer in layers))
     if obstacle and quota.pairs and name in settings.plan.named():
-        raise InputError(f"layer {name!r} cannot be shared: {obstacle}. Leave it out of `share`.")
+        raise InputError(f"layer {name!r} cannot be shared ({obstacle}): leave it out of `share`.")
     before = _size(members, layers)
     sharing = inputs.layers if quota.pairs and not obstacle else {}
 
@@ -146,7 +146,7 @@ def _participants(members: Sequence[Member], layers: Sequence[Layer]) -> tuple[J
     for t, (member, layer) in enumerate(zip(members, layers, strict=True)):
         first = next(iter(able.values()), layer)
         if layer.pinned:
-            obstacle = obstacle or f"in {member.task.name}, {layer.pinned}"
+            obstacle = obstacle or f"{member.task.name}: {layer.pinned}"
         elif (layer.kind, layer.kernel) != (first.kind, first.kernel):
             obstacle = obstacle or f"a {first.form} and a {layer.form} have no weights in common"
         else:

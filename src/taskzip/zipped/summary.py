@@ -43,7 +43,7 @@ def summary_table(zipped: ZippedModel) -> str:
     out = StringIO()
     Console(file=out, width=WIDTH).print(table)
     lines = [line.rstrip() for line in out.getvalue().splitlines()]
-    notes = [_wrapped(f"{r.name} stays private: {r.note}.") for r in zipped.history.layers if r.note]
+    notes = [_wrapped(f"{r.name} stays private ({r.note}).") for r in zipped.history.layers if r.note]
     head = _wrapped(f"{' + '.join(zipped)}: {before:,} parameters apart, {after:,} together")
     return "\n".join([head, *[line for line in lines if line], *notes])
 
