@@ -215,17 +215,91 @@ def test_spatial_slices_keep_units_free() -> None:
 # --- groups of channels -------------------------------------------------------------------------------------------
 
 
-def test_channel_shuffle() -> None:
-    def shuffled(x: Tensor) -> Tensor:
-        return x.view(len(x), 2, 3, *x.shape[2:]).transpose(1, 2).reshape(x.shape)
-
-    model = Net(lambda m, x: m.out(shuffled(m.first(x))), first=conv(2, 6), out=conv(6, 3))
-    assert_orders_hold(model, IMAGES, pinned={"first": "view mixes units"})
+def shuffled(x: Tensor) -> Tensor:
+    return x.view(len(x), 2, -1, *x.shape[2:]).transpose(1, 2).reshape(x.shape)
 
 
-def test_channel_shuffle_of_torch() -> None:
-    model = nn.Sequential(conv(2, 6), nn.ChannelShuffle(2), conv(6, 3))
-    assert_orders_hold(model, IMAGES, pinned={"0": "channel_shuffle is not known"})
+@pytest.mark.parametrize("shuffle", [shuffled, nn.ChannelShuffle(2), lambda x: F.relu(shuffled(x) / 2)])
+def test_channel_shuffle_is_but_a_new_order(shuffle: Callable[[Tensor], Tensor]) -> None:
+    model = Net(lambda m, x: m.out(shuffle(m.first(x))), first=conv(2, 6), out=conv(6, 3))
+    assert_orders_hold(model, IMAGES, free=["first"], moves={"out.weight": 1})
+
+
+def test_channel_shuffle_between_groups() -> None:
+    model = Net(
+        lambda m, x: m.out(m.second(shuffled(m.first(m.stem(x))))),
+        stem=conv(2, 8),
+        first=conv(8, 8, groups=2),
+        second=conv(8, 8, groups=4),
+        out=conv(8, 3),
+    )
+    assert_orders_hold(model, IMAGES, pinned={"first": "grouped"}, orders=4)
+
+
+def test_shuffled_units_that_meet_themselves() -> None:
+    model = Net(
+        lambda m, x: m.out(torch.cat([(y := m.first(x)) + shuffled(y), m.side(x)], 1)),
+        first=conv(2, 12),
+        side=conv(2, 4),
+        out=conv(16, 3),
+    )
+    assert_orders_hold(model, IMAGES, free=["side"], orders=4)
+
+
+def test_shuffled_blocks_with_branches() -> None:
+    """ShuffleNet: half of the units pass a block by, then all are shuffled."""
+
+    def do(m: nn.Module, x: Tensor) -> Tensor:
+        x = m.stem(x)
+        for block in m.blocks:
+            passing, worked = x.chunk(2, dim=1)
+            x = shuffled(torch.cat([passing, block(worked).relu()], 1))
+        return m.out(x)
+
+    blocks = nn.ModuleList([conv(8, 8), conv(8, 8)])
+    model = Net(do, stem=conv(2, 16), blocks=blocks, out=conv(16, 3))
+    structure = assert_orders_hold(model, IMAGES, orders=4)
+    assert movable(structure, "stem.weight").any() and movable(structure, "blocks.1.weight").all()
+
+
+SPLIT: dict[str, Callable[..., Tensor]] = {
+    "softmax": lambda m, x: x.softmax(-1),
+    "mean": lambda m, x: x - x.mean(1, keepdim=True),
+    "norm": lambda m, x: m.norm(x),
+    "layer": lambda m, x: m.mix(x),
+    "sorted": lambda m, x: x.sort(1)[0],
+    "itself": lambda m, x: x * x[:, :1],
+    "other axis": lambda m, x: x.transpose(1, 2).softmax(2).transpose(1, 2),
+    "cat": lambda m, x: torch.cat([x[:, 1:], x[:, :1].relu()], 1),
+    "batch norm": lambda m, x: m.batch(x),
+    "expand": lambda m, x: (x[:, :, None] * x.sum(1)[:, None, None].expand(3, 3, 2, 4)).sum(2),
+}
+
+
+@pytest.mark.parametrize("op", SPLIT)
+def test_what_sees_an_axis_in_parts(op: str) -> None:
+    model = Net(
+        lambda m, x: m.out(SPLIT[op](m, m.first(x).view(3, 3, 4)).flatten(1)),
+        first=nn.Linear(5, 12),
+        norm=nn.LayerNorm(4),
+        batch=nn.BatchNorm1d(3),
+        mix=nn.Linear(4, 4),
+        out=nn.Linear(12, 2),
+    )
+    structure = assert_orders_hold(model, VECTORS, orders=4)
+    rows = structure.axes["first.weight"][0]
+    assert all(len(space.units) <= 3 for space in structure.spaces if space.positions(rows).size)
+
+
+def test_part_of_a_split_axis() -> None:
+    model = Net(
+        lambda m, x: m.out((y := m.first(x).view(3, 2, 4))[:, 0] * y[:, 1]) + m.other(y[:, :, 1:3].flatten(1)),
+        first=nn.Linear(5, 8),
+        other=nn.Linear(4, 2),
+        out=nn.Linear(4, 2),
+    )
+    structure = assert_orders_hold(model, VECTORS, moves={"first.weight": 0}, orders=4)
+    assert sorted(len(space.units) for space in structure.spaces) == [2, 2]  # within and outside what is cut
 
 
 def test_inverted_residual_with_squeeze_and_excitation() -> None:
@@ -373,7 +447,8 @@ IN_PLACE: dict[str, tuple[Callable[..., object], str]] = {
     "some units from others": (lambda m, x, y: y[:, :3].copy_(y[:, 3:].relu()), "together"),
     "some units from the input": (lambda m, x, y: y[:, 1:4].copy_(x[:, :3]), "copy_ with a fixed order"),
     "with a fixed order": (lambda m, x, y: y.t().add_(torch.arange(6.0)[:, None]), "add_ with a fixed order"),
-    "a view in another shape": (lambda m, x, y: y.view(3, 2, 3)[:, 0].relu_(), "mixes units"),
+    "a view in another shape": (lambda m, x, y: y.view(3, 2, 3)[:, 0].relu_(), "different"),
+    "heads": (lambda m, x, y: y.view(3, 2, 3).mul_(torch.arange(3.0)), "together"),
     "an op that is not known": (lambda m, x, y: y[1:].index_fill_(1, torch.tensor([2]), 0.0), "not known"),
 }
 
@@ -495,14 +570,137 @@ def test_mixing_over_places_and_over_channels() -> None:
     assert_orders_hold(model, SEQUENCES, free=["channels", "places", "back"])
 
 
-def test_attention_with_heads_pins_only_the_projections() -> None:
+HEADS: dict[str, Callable[..., Tensor]] = {
+    "sdpa": lambda q, k, v: F.scaled_dot_product_attention(q, k, v),
+    "causal": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+    "mask": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=torch.eye(4) > torch.ones(3, 1, 1, 1)),
+    "by hand": lambda q, k, v: (q @ k.mT / 2).softmax(-1) @ v,
+    "einsum": lambda q, k, v: torch.einsum(
+        "bhls,bhsd->bhld", torch.einsum("bhld,bhsd->bhls", q, k).masked_fill(torch.eye(4) > 0, -9.0).softmax(-1), v
+    ),
+    "three axes": lambda q, k, v: (
+        torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT).softmax(-1).bmm(v.flatten(0, 1)).view(v.shape)
+    ),
+}
+
+
+def heads(x: Tensor, count: int = 3) -> Tensor:
+    return x.view(*x.shape[:2], count, -1).transpose(1, 2)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_heads_move_as_wholes(kind: str) -> None:
+    model = Net(
+        lambda m, x: m.out(m.proj(HEADS[kind](*(heads(f(x)) for f in (m.q, m.k, m.v))).transpose(1, 2).flatten(2))),
+        q=nn.Linear(11, 6),
+        k=nn.Linear(11, 6),
+        v=nn.Linear(11, 15),
+        proj=nn.Linear(15, 8),
+        out=nn.Linear(8, 2),
+    )
+    structure = assert_orders_hold(
+        model,
+        SEQUENCES,
+        free=["proj"],
+        pinned=dict.fromkeys("qkv", "only together"),
+        moves={"q.weight": 0, "k.bias": 0, "v.weight": 0, "proj.weight": 1},
+        orders=4,
+    )
+    assert structure.spaces[0].positions(structure.layer("proj").columns)[1].tolist() == [5, 6, 7, 8, 9]
+    assert structure.spaces[0].positions(structure.axes["k.weight"][0])[1].tolist() == [2, 3]
+
+
+def fused_unbind(x: Tensor) -> tuple[Tensor, ...]:
+    return x.reshape(3, 4, 3, 2, 5).permute(2, 0, 3, 1, 4).unbind(0)  # timm
+
+
+def fused_chunk(x: Tensor) -> tuple[Tensor, ...]:
+    return tuple(heads(part, 2) for part in x.chunk(3, -1))
+
+
+def fused_per_head(x: Tensor) -> tuple[Tensor, ...]:
+    return heads(x, 2).chunk(3, dim=-1)
+
+
+def fused_select(x: Tensor) -> tuple[Tensor, ...]:
+    whole = x.view(3, 4, 3, 2, 5).permute(2, 0, 3, 1, 4)  # torchvision's Swin
+    return whole[0] * 5**-0.5, whole[1], whole[2]
+
+
+@pytest.mark.parametrize("parts", [fused_unbind, fused_chunk, fused_per_head, fused_select])
+def test_fused_projections(parts: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+    model = Net(
+        lambda m, x: m.out(HEADS["by hand"](*parts(m.qkv(x))).transpose(1, 2).reshape(3, 4, 10)),
+        qkv=nn.Linear(11, 30),
+        out=nn.Linear(10, 2),
+    )
+    structure = assert_orders_hold(
+        model, SEQUENCES, pinned={"qkv": "only together"}, moves={"qkv.weight": 0, "out.weight": 1}, orders=4
+    )
+    assert [len(space.units) for space in structure.spaces] == [2]
+
+
+def test_a_bias_for_each_head_moves_with_it() -> None:
+    model = Net(
+        lambda m, x: m.out(((q := heads(m.q(x))) @ q.mT + m.bias).softmax(-1).matmul(q).transpose(1, 2).flatten(2)),
+        q=nn.Linear(11, 6),
+        bias=torch.randn(1, 3, 4, 4),
+        out=nn.Linear(6, 2),
+    )
+    assert_orders_hold(model, SEQUENCES, moves={"q.weight": 0, "bias": 1, "out.weight": 1}, orders=4)
+
+
+def test_a_constant_for_each_head_pins_it() -> None:
+    model = Net(
+        lambda m, x: m.out(
+            ((q := heads(m.q(x))) @ q.mT * torch.arange(3.0)[:, None, None]).matmul(q).transpose(1, 2).flatten(2)
+        ),
+        q=nn.Linear(11, 6),
+        out=nn.Linear(6, 2),
+    )
+    structure = assert_orders_hold(model, SEQUENCES, pinned={"q": "mul with a fixed order"})
+    assert structure.spaces == ()
+
+
+def test_heads_that_share_keys_are_not_known() -> None:
+    model = Net(
+        lambda m, x: F.scaled_dot_product_attention(
+            heads(m.q(x), 4), heads(m.k(x), 2), heads(m.k(x), 2), enable_gqa=True
+        ),
+        q=nn.Linear(11, 12),
+        k=nn.Linear(11, 6),
+    )
+    assert_orders_hold(model, SEQUENCES, pinned={"q": "share keys", "k": "share keys"})
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_attention_of_torch(weights: bool) -> None:
+    attention = nn.MultiheadAttention(12, 3, batch_first=True)
+    model = Net(
+        lambda m, x: m.out(m.attention(y := m.first(x), y, y, need_weights=weights)[0]),
+        first=nn.Linear(11, 12),
+        attention=attention,
+        out=nn.Linear(12, 2),
+    )
+    assert_orders_hold(
+        model,
+        SEQUENCES,
+        free=["first"],
+        pinned={"attention.in_proj_weight": "only together"},
+        moves={"attention.in_proj_weight": 0, "attention.out_proj.weight": 1},
+        orders=4,
+    )
+
+
+def test_a_transformer_layer() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
     model = nn.Sequential(nn.Linear(11, 8), layer, nn.Linear(8, 3))
     structure = assert_orders_hold(
         model,
         SEQUENCES,
         free=["1.linear1"],
-        pinned={"0": "has the same units as", "1.self_attn.in_proj_weight": "unflatten mixes units"},
+        pinned={"1.self_attn.in_proj_weight": "its units move only together"},
+        moves={"0.weight": 0, "1.self_attn.in_proj_bias": 0, "1.self_attn.out_proj.weight": 1},
     )
     assert structure.layer("1.self_attn.in_proj_weight").bias == "1.self_attn.in_proj_bias"
 
@@ -614,7 +812,7 @@ def test_sizes_that_depend_on_the_data() -> None:
     model = Net(
         lambda m, x: m.out((y := m.first(x))[x[:, 0] > 0].relu().sum(0) + y), first=nn.Linear(5, 6), out=nn.Linear(6, 3)
     )
-    assert_orders_hold(model, VECTORS, pinned={"first": "op index is not known"})
+    assert_orders_hold(model, VECTORS, pinned={"first": "the data decide on sizes"})
 
 
 def test_control_flow_that_depends_on_the_data(capfd: pytest.CaptureFixture[str]) -> None:

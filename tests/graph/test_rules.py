@@ -79,7 +79,8 @@ def test_transposed_convolution(groups: int) -> None:
         structure = assert_orders_hold(model, IMAGES, free=["conv"], moves={"up.weight": 1, "out.weight": 1})
         assert [layer.name for layer in structure.layers] == ["conv", "out"]  # it is none of the layers to share
     else:
-        assert_orders_hold(model, IMAGES, pinned={"conv": "grouped"})
+        moves = {"conv.weight": 0, "up.weight": 0, "up.bias": 0, "out.weight": 1}
+        assert_orders_hold(model, IMAGES, pinned={"conv": "only together"}, moves=moves)
 
 
 @pytest.mark.parametrize("multiplier", [1, 3])
@@ -108,9 +109,52 @@ def test_depthwise_with_a_multiplier_in_a_residual_moves_units_in_blocks() -> No
     assert_orders_hold(model, IMAGES, pinned={"side": "only together"}, moves={"conv.weight": 0, "side.weight": 0})
 
 
-def test_grouped_convolution_is_pinned() -> None:
-    model = between_conv(lambda m, x: m.grouped(x), read=8, grouped=nn.Conv2d(6, 8, 3, groups=2))
-    assert_orders_hold(model, IMAGES, pinned={"before": "grouped", "grouped": "grouped"})
+def test_groups_of_a_convolution_move_as_wholes() -> None:
+    model = between_conv(lambda m, x: m.grouped(x.relu()), units=9, read=12, grouped=nn.Conv2d(9, 12, 3, groups=3))
+    structure = assert_orders_hold(
+        model,
+        IMAGES,
+        pinned={"before": "only together", "grouped": "grouped"},
+        moves={"before.weight": 0, "grouped.weight": 0, "after.weight": 1},
+        orders=4,
+    )
+    assert structure.spaces[0].positions(structure.axes["before.weight"][0]).tolist() == [
+        [0, 1, 2],
+        [3, 4, 5],
+        [6, 7, 8],
+    ]
+    assert structure.spaces[0].positions(structure.axes["grouped.bias"][0])[1].tolist() == [4, 5, 6, 7]
+    assert not movable(structure, "grouped.weight", 1).any()
+
+
+def test_groups_over_a_fixed_order() -> None:
+    model = Net(lambda m, x: m.out(m.grouped(x)), grouped=nn.Conv1d(4, 6, 3, groups=2), out=nn.Conv1d(6, 2, 1))
+    structure = assert_orders_hold(model, SEQUENCES, pinned={"grouped": "grouped"})
+    assert structure.spaces == ()
+
+
+def test_groups_within_groups() -> None:
+    model = Net(  # groups of four rows, which fall into groups of two
+        lambda m, x: m.out(m.fine(m.coarse(m.first(x)).relu())),
+        first=nn.Conv2d(2, 8, 1),
+        coarse=nn.Conv2d(8, 8, 1, groups=2),
+        fine=nn.Conv2d(8, 12, 1, groups=4),
+        out=nn.Conv2d(12, 2, 1),
+    )
+    structure = assert_orders_hold(model, IMAGES, moves={"first.weight": 0, "fine.weight": 0}, orders=4)
+    assert [len(space.units) for space in structure.spaces] == [2]
+
+
+def test_groups_that_overlap() -> None:
+    model = Net(  # groups of two and of three rows: only all six together
+        lambda m, x: m.out(m.b(m.a(m.first(x)).relu())),
+        first=nn.Conv2d(2, 12, 1),
+        a=nn.Conv2d(12, 12, 1, groups=6),
+        b=nn.Conv2d(12, 12, 1, groups=4),
+        out=nn.Conv2d(12, 2, 1),
+    )
+    structure = assert_orders_hold(model, IMAGES, moves={"first.weight": 0}, orders=4)
+    assert [len(space.units) for space in structure.spaces] == [2]
 
 
 def test_a_convolution_of_one_input_channel() -> None:
@@ -486,7 +530,10 @@ NOT_ALIKE: dict[str, tuple[Callable[..., Tensor], str]] = {
     "roll": (lambda m, x: x + x.roll(1, 1), "roll goes along it"),
     "roll of all": (lambda m, x: x + x.roll(1), "roll goes along it"),
     "fft": (lambda m, x: torch.fft.fft(x).abs(), "op fft_fft is not known"),
-    "index": (lambda m, x: x[:, [5, 4, 3, 2, 1, 0]], "op index is not known"),
+    "chosen by units": (lambda m, x: x + x[:, (x[0] > 0).long()], "chosen by number"),
+    "reversed": (lambda m, x: x + x[:, [5, 4, 3, 2, 1, 0]], "only together"),
+    "upper half": (lambda m, x: x.triu(), "cuts a corner off"),
+    "gathered": (lambda m, x: x + x.gather(1, (x > 0).long()), "chosen by number"),
     "argmax": (lambda m, x: x + x.argmax(1, keepdim=True), "gives the numbers of units"),
     "max with index": (lambda m, x: x + x.max(1, keepdim=True)[1], "gives the numbers of units"),
     "shifted by padding": (lambda m, x: x + F.pad(x, (1, -1)), "padding along units"),
@@ -505,9 +552,106 @@ def test_ops_that_tell_units_apart(op: str) -> None:
     assert_orders_hold(between_linear(do), VECTORS, pinned={"before": reason})
 
 
-def test_pixel_shuffle_is_not_known() -> None:
-    model = between_conv(lambda m, x: F.pixel_shuffle(x, 2), units=8, read=2)
-    assert_orders_hold(model, IMAGES, pinned={"before": "op pixel_shuffle is not known"})
+def test_pixel_shuffle_moves_the_units_of_a_new_channel_together() -> None:
+    model = between_conv(lambda m, x: F.pixel_shuffle(x, 2).relu(), units=12, read=3)
+    structure = assert_orders_hold(model, IMAGES, pinned={"before": "only together"}, moves={"after.weight": 1})
+    assert structure.spaces[0].positions(structure.axes["before.bias"][0])[1].tolist() == [4, 5, 6, 7]
+
+
+def test_pixel_unshuffle_repeats_units() -> None:
+    model = between_conv(lambda m, x: F.pixel_unshuffle(x, 2), units=3, read=12)
+    assert_orders_hold(model, IMAGES, free=["before"], moves={"after.weight": 1})
+
+
+@pytest.mark.parametrize("do", [lambda x: F.glu(x, 1), lambda x: F.glu(x.flatten(2), -2)[..., None]])
+def test_glu(do: Callable[[Tensor], Tensor]) -> None:
+    model = between_conv(lambda m, x: do(x), units=8, read=4)
+    assert_orders_hold(model, IMAGES, pinned={"before": "only together"}, moves={"before.weight": 0, "after.weight": 1})
+
+
+def test_units_taken_in_an_order_that_is_written_down() -> None:
+    model = between_linear(lambda m, x: x[:, [5, 0, -2, 1, 2, 3]].sin())
+    assert_orders_hold(model, VECTORS, free=["before"])
+    model = between_linear(lambda m, x: torch.index_select(x, 1, torch.tensor([0, 0, 3, 3, 5])), read=5)
+    structure = assert_orders_hold(model, VECTORS)  # units 0 and 3 are taken twice, 5 once, the others not at all
+    assert sorted(sorted(space.units.tolist()) for space in structure.spaces) == [[0, 3], [1, 2, 4]]
+
+
+@pytest.mark.parametrize("index", [[0, 1, 1, 0], [0, 2, 1, 3, 3, 2]])
+def test_units_taken_several_times_and_tied(index: list[int]) -> None:
+    """Where units have become one, they are alike only if their places are taken in the same order."""
+    model = Net(
+        lambda m, x: m.out((y := m.first(x))[:, index]) + m.side((y * y.roll(0, 0)).unflatten(1, (2, 2)).prod(2)),
+        first=nn.Linear(5, 4),
+        out=nn.Linear(len(index), 3),
+        side=nn.Linear(2, 3),
+    )
+    assert_orders_hold(model, VECTORS, orders=4)
+
+
+def test_one_unit_taken_by_a_number_that_is_written_down() -> None:
+    model = between_linear(lambda m, x: x * x[:, [2]] + x[:, torch.tensor(3)].sum())
+    structure = assert_orders_hold(model, VECTORS)
+    assert movable(structure, "before.weight").sum() < 6
+
+
+def test_an_order_that_is_written_to_before_it_is_used() -> None:
+    def do(m: nn.Module, x: Tensor) -> Tensor:
+        order = torch.tensor([5, 4, 3, 2, 1, 0])
+        order[:3] = torch.tensor([3, 4, 5])
+        return x[:, order]
+
+    assert_orders_hold(between_linear(do), VECTORS, pinned={"before": "chosen by number"})
+
+
+def test_rows_of_a_table_chosen_by_number() -> None:
+    """The position bias of Swin: a table of heads, looked up by places."""
+    numbers = torch.randint(7, (16,))
+    model = Net(
+        lambda m, x: m.out((m.first(x)[:, :, None] + m.table[numbers].view(4, 4, -1)).sum(2)),
+        first=nn.Linear(11, 6),
+        table=torch.randn(7, 6),
+        out=nn.Linear(6, 2),
+    )
+    assert_orders_hold(model, SEQUENCES, free=["first"], moves={"table": 1})
+
+
+def test_places_chosen_by_number() -> None:
+    model = between_conv(lambda m, x: x[:, :, torch.tensor([[0], [2]]), torch.tensor([1, 3, 5])])
+    assert_orders_hold(model, IMAGES, free=["before"])
+    model = between_conv(lambda m, x: x[torch.tensor([0, 2]), :, torch.tensor([1, 3])][..., None])
+    assert_orders_hold(model, IMAGES, free=["before"])
+    model = between_conv(lambda m, x: x.gather(2, torch.ones(3, 6, 2, 6, dtype=torch.long)))
+    assert_orders_hold(model, IMAGES, pinned={"before": "gather with a fixed order"})
+
+
+EINSUMS: dict[str, Callable[..., Tensor]] = {
+    "matrix": lambda m, x: torch.einsum("bi, oi -> bo", x, m.w),
+    "sum and outer": lambda m, x: torch.einsum("bi,bj,oj->bo", x, x, m.w),
+    "free batch": lambda m, x: torch.einsum("bi,bi,oi->bo", x, x, m.w),
+}
+
+
+@pytest.mark.parametrize("op", EINSUMS)
+def test_einsum(op: str) -> None:
+    model = between_linear(EINSUMS[op], read=7, w=torch.randn(7, 6))
+    assert_orders_hold(model, VECTORS, free=["before"], moves={"w": 1, "after.weight": 1})
+
+
+@pytest.mark.parametrize("equation", ["...i,oi->...o", "bi,oi", "bb,oi->bo"])
+def test_einsums_that_are_not_plain(equation: str) -> None:
+    units = 3 if equation[1] == "b" else 6
+    model = between_linear(lambda m, x: torch.einsum(equation, x, m.w), units=units, read=7, w=torch.randn(7, units))
+    assert_orders_hold(model, VECTORS, pinned={"before": "einsum"})
+
+
+def test_addmm_and_baddbmm() -> None:
+    model = between_linear(lambda m, x: torch.addmm(m.b, x, m.w).relu(), read=7, w=torch.randn(6, 7), b=torch.randn(7))
+    assert_orders_hold(model, VECTORS, free=["before"], moves={"w": 0, "b": 0, "after.weight": 1})
+    model = between_linear(
+        lambda m, x: torch.baddbmm(m.b, x[None], m.w[None])[0], read=7, w=torch.randn(6, 7), b=torch.randn(1, 1, 7)
+    )
+    assert_orders_hold(model, VECTORS, free=["before"], moves={"b": 2, "after.weight": 1})
 
 
 @pytest.mark.filterwarnings("ignore:The tensor attributes")

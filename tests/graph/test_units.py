@@ -98,6 +98,39 @@ def test_an_axis_that_meets_itself_in_two_orders_cannot_move_single_units() -> N
     assert groups(settled, rows) == [0, 0, 0, 0]  # two blocks of two, which may change places
 
 
+def test_runs_of_an_axis_become_units() -> None:
+    units = Units()
+    axis = units.fresh(6)
+    assert units.fuse(axis, 2).tolist() == [0, 3]
+    settled = units.settle()
+    assert settled.roots(axis).tolist() == [0, 0, 0, 3, 3, 3]
+    assert groups(settled, axis) == [0] * 6
+
+
+def test_an_axis_in_a_new_order_keeps_single_units_alike() -> None:
+    units = Units()
+    axis = units.fresh(4)
+    assert units.take(axis, np.array([2, 0, 3, 1])).tolist() == [2, 0, 3, 1]
+    assert groups(units.settle(), axis) == [0, 0, 0, 0]
+
+
+def test_units_whose_places_are_taken_in_different_orders_are_not_alike() -> None:
+    for index, expected in [
+        ([1, 0, 2, 3], [0, 0, 2, 2]),
+        ([1, 0, 3, 2], [0, 0, 0, 0]),
+        ([0, 2, 1, 3], [0, 0, 0, 0]),
+        ([0, 2], [0, 0, 0, 0]),
+        ([0, 3], [0, 0, 2, 2]),
+        ([0, 1], [0, 0, 2, 2]),
+        ([0, 1, 2, 3, 0], [0, 0, 2, 2]),
+    ]:
+        units = Units()
+        axis = units.fresh(4)
+        units.fuse(axis, 2)
+        units.take(axis, np.array(index))
+        assert groups(units.settle(), axis) == expected
+
+
 def test_units_that_do_not_occur_on_the_same_axes_are_not_alike() -> None:
     units = Units()
     whole, left, right = units.fresh(5), units.fresh(2), units.fresh(3)
@@ -121,10 +154,12 @@ def facts(draw: st.DrawFn) -> list[Fact]:
 
     found: list[Fact] = []
     for _ in range(draw(st.integers(0, 7))):
-        kind, one, other = draw(st.sampled_from(["unify", "unify", "pin", "part"])), axis(), axis()
+        kind, one, other = draw(st.sampled_from(["unify", "unify", "pin", "part", "take"])), axis(), axis()
         mask = np.array(draw(st.lists(st.booleans(), min_size=4, max_size=4)))
         if kind == "unify":
             found.append(lambda units, axes, one=one, other=other: units.unify(one(axes), other(axes)))
+        elif kind == "take":
+            found.append(lambda units, axes, one=one, mask=mask: units.take(one(axes), np.argsort(mask, kind="stable")))
         elif kind == "pin":
             found.append(lambda units, axes, one=one, mask=mask: units.pin(one(axes)[mask], "because"))
         else:

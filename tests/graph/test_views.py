@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from taskzip.graph._units import PINNED
-from taskzip.graph._values import Axes, Context
-from taskzip.graph._views import reshaped
+from taskzip.graph._values import Axes, Context, Strand
+from taskzip.graph._views import cut, reshaped
 
 CASES = {
     "flatten": ((3, 4, 2, 2), 1, (3, 16), (1, np.arange(4).repeat(4))),
@@ -49,8 +49,6 @@ def test_a_flattened_unit_is_found_again() -> None:
 @pytest.mark.parametrize(
     ("before", "dims", "after"),
     [
-        ((3, 6), (1,), (3, 2, 3)),  # heads
-        ((3, 4), (1,), (4, 3)),  # samples and units mixed
         ((3, 4, 4), (1, 2), (3, 16)),  # two axes of units
         ((3, 4), (1,), (3, 8)),  # the same bytes as numbers of half the size
         ((0, 4), (1,), (0, 2, 2)),
@@ -66,12 +64,35 @@ def test_units_that_would_come_apart_are_pinned(
     assert all(settled.reason(axes[i]) == "too bad" for i in dims)
 
 
-def test_other_axes_are_left_alone_by_a_pin() -> None:
+def test_other_axes_are_left_alone() -> None:
     c = Context()
     batch, units = c.units.fresh(3), c.units.fresh(6)
     out = reshaped(c, (batch, units), (3, 6), (3, 2, 3), "")
-    assert out[0] is not None and (out[0] == batch).all()
+    assert isinstance(out[0], np.ndarray) and (out[0] == batch).all()
     assert (c.units.settle().classes(batch) != PINNED).all()
+
+
+def test_a_split_axis_becomes_strands() -> None:
+    c = Context()
+    units = c.units.fresh(6)
+    _, one, other = reshaped(c, (None, units), (3, 6), (3, 2, 3), "")
+    assert isinstance(one, Strand) and isinstance(other, Strand) and one.grid is other.grid
+    assert one.grid.tolist() == [[0, 1, 2], [3, 4, 5]] and (one.dim, other.dim) == (0, 1)
+    back = reshaped(c, (None, other, one), (3, 3, 2), (3, 6), "")
+    assert back[1] is not None and back[1].tolist() == [0, 3, 1, 4, 2, 5]
+    assert len(set(c.units.settle().classes(units).tolist())) == 1
+
+
+def test_parts_of_strands() -> None:
+    c = Context()
+    strands = reshaped(c, (None, c.units.fresh(12)), (3, 12), (3, 2, 3, 2), "")
+    (_, last, first) = cut(c, (None, strands[3], strands[2], strands[1])[:4], 2, 1)[:3]
+    assert isinstance(first, Strand) and isinstance(last, Strand)
+    assert first.grid.tolist() == [[2, 3], [8, 9]] and (first.dim, last.dim) == (0, 1)
+    assert [axis.tolist() for axis in cut(c, (first, last), 0, -1)] == [[8, 9]]
+    half, gone = cut(c, (first, last), 1, slice(0, 1))
+    assert half.tolist() == [2, 8] and gone is None
+    assert cut(c, (first, last), 1, slice(0, 0)) == (None, None)
 
 
 @st.composite
@@ -82,8 +103,8 @@ def reshapes(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...]]:
     def shape() -> tuple[int, ...]:
         cuts = draw(st.lists(st.booleans(), min_size=len(factors), max_size=len(factors)))
         sizes = [1]
-        for factor, cut in zip(factors, cuts, strict=True):
-            sizes = [*sizes, factor] if cut else [*sizes[:-1], sizes[-1] * factor]
+        for factor, new in zip(factors, cuts, strict=True):
+            sizes = [*sizes, factor] if new else [*sizes[:-1], sizes[-1] * factor]
         return tuple(sizes)
 
     return shape(), shape()
@@ -98,12 +119,17 @@ def test_moving_the_units_commutes_with_the_reshape(
     labelled = [data.draw(st.booleans()) and size > 1 for size in before]
     axes = tuple(c.units.fresh(size) if on else None for size, on in zip(before, labelled, strict=True))
     out = reshaped(c, axes, before, after, "")
+    if data.draw(st.booleans()):  # back again, or as strands settle: each outermost one moves as a whole
+        out, after = reshaped(c, out, after, before, ""), before
+    out = tuple(c._one_axis(axis) for axis in out)
     settled = c.units.settle()
-    count = sum(len(ids) for ids in axes if ids is not None)
-    order = np.arange(count)
+    axes, out = (tuple(None if ids is None else settled.roots(ids) for ids in each) for each in (axes, out))
+    order = np.arange(sum(before))
     for ids in axes:
-        if ids is not None and (settled.classes(ids) != PINNED).all():
-            order[ids] = data.draw(st.permutations(ids.tolist()))
+        units = np.empty(0, np.int64) if ids is None else np.unique(ids)
+        kinds = settled.classes(units)
+        for kind in set(kinds.tolist()) - {PINNED}:
+            order[units[kinds == kind]] = data.draw(st.permutations(units[kinds == kind].tolist()))
     x = np.arange(math.prod(before)).reshape(before)
     assert (moved(x, axes, order).reshape(after) == moved(x.reshape(after), out, order)).all()
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch.fx import Node
 
-from taskzip.graph._rules import arguments, op_name
+from taskzip.graph._nodes import arguments, op_name
 from taskzip.graph._units import PINNED, Ids
 from taskzip.graph._values import Call, Context, shape_of
 from taskzip.graph.structure import BatchNormNames, Layer, Space, Structure

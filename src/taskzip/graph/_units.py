@@ -5,8 +5,8 @@ are only collected: the units of two axes are the same, some never move, an axis
 draws the conclusions, so they do not depend on the order in which the facts were learned.
 
 To exchange two units means, along every axis, to exchange the first places where they occur, the second ones, and so
-on. That is possible for units that occur equally often along every axis and, where a part of an axis is cut out, with
-the same occurrences inside. Such units form a *class*.
+on. That is possible for units that occur equally often along every axis and, where an axis is cut from another or put
+in a new order, with the same occurrences in the same order. Such units form a *class*.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class Units:
         self._count = 0
         self._same: list[tuple[Ids, Ids]] = []
         self._parts: list[tuple[Ids, np.ndarray]] = []
+        self._taken: list[tuple[Ids, np.ndarray]] = []
         self._pins: list[tuple[Ids, str]] = []
 
     def fresh(self, count: int) -> Ids:
@@ -47,17 +48,37 @@ class Units:
         """These units never move; the first reason given is kept for the person who asks."""
         self._pins.append((ids, reason))
 
+    def fuse(self, ids: Ids, count: int) -> Ids:
+        """An axis falls into `count` runs of equal length, which move as wholes; returns the unit of each run."""
+        runs = ids.reshape(count, -1)
+        self.unify(runs.ravel(), runs[:, 0].repeat(runs.shape[1]))
+        return runs[:, 0].copy()
+
     def part(self, ids: Ids, inside: np.ndarray) -> Ids:
         """The part of an axis where the mask `inside` is true, by itself."""
-        self._parts.append((ids, inside))
+        self.divide(ids, inside)
         return ids[inside]
+
+    def divide(self, ids: Ids, labels: np.ndarray) -> None:
+        """Places along an axis with different labels are not alike."""
+        self._parts.append((ids, labels))
+
+    def take(self, ids: Ids, index: np.ndarray) -> Ids:
+        """An axis that holds at each place what another one holds at `index`."""
+        self._taken.append((ids, index))
+        return ids[index]
 
     def settle(self) -> SettledUnits:
         """What follows from all that was learned."""
         root = self._roots()
         kind = np.full(self._count, PINNED + 1)
-        for ids, inside in self._parts:
-            _split(kind, *_patterns(root[ids], inside))
+        for ids, labels in self._parts:
+            _split(kind, *_patterns(root[ids], labels))
+        for ids, index in self._taken:
+            units = root[ids]
+            found, pattern = _patterns(units[index], _occurrence(units)[index])
+            elsewhere = np.setdiff1d(units, found)
+            _split(kind, np.append(found, elsewhere), np.append(pattern, np.zeros(len(elsewhere), np.int64)))
         why = np.full(self._count, -1)
         for index, (ids, _) in reversed(list(enumerate(self._pins))):
             why[root[ids]] = index
@@ -95,14 +116,23 @@ class SettledUnits:
         return self._reasons[pinned[0]] if len(pinned) else ""
 
 
-def _patterns(units: Ids, inside: np.ndarray) -> tuple[Ids, np.ndarray]:
-    """The units along an axis, and for each of them a number that says which of its occurrences are inside."""
+def _occurrence(units: Ids) -> np.ndarray:
+    """Per place along an axis, how many times its unit occurred before."""
+    order = np.argsort(units, kind="stable")
+    _, start, counts = np.unique(units[order], return_index=True, return_counts=True)
+    before = np.empty(len(units), np.int64)
+    before[order] = np.arange(len(units)) - start.repeat(counts)
+    return before
+
+
+def _patterns(units: Ids, labels: np.ndarray) -> tuple[Ids, np.ndarray]:
+    """The units along an axis, and for each a number, from 1, for the labels of its occurrences one after another."""
     order = np.argsort(units, kind="stable")
     found, start, counts = np.unique(units[order], return_index=True, return_counts=True)
     pattern = np.zeros(len(found), np.int64)
     for count in np.unique(counts).tolist():
         alike = counts == count
-        rows = inside[order[start[alike][:, None] + np.arange(count)]]
+        rows = labels[order[start[alike][:, None] + np.arange(count)]]
         pattern[alike] = pattern.max(initial=0) + 1 + np.unique(rows, axis=0, return_inverse=True)[1].ravel()
     return found, pattern
 

@@ -1,4 +1,9 @@
-"""What the analysis knows of a tensor: for each axis the units along it, or None where the order is fixed."""
+"""What the analysis knows of a tensor: for each axis the units along it, or None where the order is fixed.
+
+After a view that splits an axis, units lie along several axes at once: these are its *strands*. Rules for views and for
+ops on single elements pass strands on (`Context.strands`), so that a channel shuffle is but a new order. All others
+ask for `Context.axes`, which makes one unit of all that lie at the same index of the first strand: a head.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 from torch.fx import Node
 
 from taskzip.graph._units import Ids, Units
@@ -14,11 +20,26 @@ from taskzip.graph._units import Ids, Units
 Axes = tuple[Ids | None, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class Strand:
+    """Axis `dim` of a grid of units that lie along several axes of a tensor, each of which has a strand of it.
+
+    Read row by row, the grid is a stretch of an axis whose units may change places; `dim` counts the axes of the grid,
+    which may lie in another order in the tensor.
+    """
+
+    grid: Ids
+    dim: int
+
+
+Strands = tuple[Ids | Strand | None, ...]
+
+
 @dataclass(frozen=True)
 class Value:
     """A tensor in the graph; `raw` as long as no layer has touched it: it is still the network's input."""
 
-    axes: Axes
+    axes: Strands
     raw: bool = False
 
 
@@ -43,6 +64,7 @@ class Context:
         calls: every use of a weight by a linear layer or a convolution.
         norms: every batch-norm, by the node that it reads.
         names: the name of each tensor of the network, by its node.
+        constants: the tensors that are written into the graph, by their nodes.
     """
 
     def __init__(self) -> None:
@@ -52,6 +74,7 @@ class Context:
         self.calls: list[Call] = []
         self.norms: dict[Node, Node] = {}
         self.names: dict[Node, str] = {}
+        self.constants: dict[Node, Tensor] = {}
 
     def add_parameter(self, node: Node, name: str) -> None:
         """A tensor of the network that may be re-ordered: new units along every axis; tied weights are one tensor."""
@@ -60,11 +83,24 @@ class Context:
             self.parameters[name] = tuple(self.units.fresh(n) if n > 1 else None for n in shape_of(node))
         self.values[node] = Value(self.parameters[name], raw=True)
 
-    def axes(self, node: Any) -> Axes:
-        """The axes of a tensor argument."""
+    def strands(self, node: Any) -> Strands:
+        """The axes of a tensor argument, for rules that know of strands."""
         value = self.values[node]
         assert isinstance(value, Value)
         return value.axes
+
+    def axes(self, node: Any) -> Axes:
+        """The axes of a tensor argument; units that lie along several of them move from now on along one."""
+        value = self.values[node]
+        assert isinstance(value, Value)
+        axes = tuple(self._one_axis(axis) for axis in value.axes)
+        self.values[node] = Value(axes, value.raw)
+        return axes
+
+    def _one_axis(self, axis: Ids | Strand | None) -> Ids | None:
+        if not isinstance(axis, Strand):
+            return axis
+        return self.units.fuse(axis.grid, len(axis.grid)) if axis.dim == 0 else None
 
     def unify(self, one: Ids | None, other: Ids | None, reason: str) -> Ids | None:
         """Two axes are in the same order from now on; if one of them is fixed, so is the other."""
@@ -87,11 +123,11 @@ class Context:
                     seen[i] = True
         return tuple(out)
 
-    def pin(self, axes: Axes, reason: str) -> None:
+    def pin(self, axes: Strands, reason: str) -> None:
         """Nothing along these axes moves."""
-        for ids in axes:
-            if ids is not None:
-                self.units.pin(ids, reason)
+        for axis in axes:
+            if axis is not None:
+                self.units.pin(axis.grid.ravel() if isinstance(axis, Strand) else axis, reason)
 
     def pin_value(self, node: Node, reason: str) -> None:
         """Nothing of what `node` gives moves."""
@@ -109,9 +145,7 @@ class Context:
                 self.units.pin(ids, reason)
             known.append(ids)
         whole = np.concatenate(known)
-        part_of = np.repeat(np.arange(len(sizes)), sizes)
-        for part in range(len(sizes)):
-            self.units.part(whole, part_of == part)
+        self.units.divide(whole, np.repeat(np.arange(len(sizes)), sizes))
         return whole
 
     def take(self, ids: Ids | None, index: slice | list[int]) -> Ids | None:

@@ -1,43 +1,83 @@
-"""Reshapes: how the units along the axes of a tensor lie along the axes of another view of the same memory."""
+"""Reshapes and cuts: how the units along the axes of a tensor lie along the axes of a view of the same memory."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from taskzip.graph._units import Ids
-from taskzip.graph._values import Axes, Context
+from taskzip.graph._values import Context, Strand, Strands
 
 
-def reshaped(c: Context, axes: Axes, before: tuple[int, ...], after: tuple[int, ...], reason: str) -> Axes:
+def reshaped(c: Context, axes: Strands, before: tuple[int, ...], after: tuple[int, ...], reason: str) -> Strands:
     """The axes after a row-major reshape from shape `before` to shape `after`.
 
-    A flattened channel becomes H * W columns that carry its unit; splitting them again gives the channel back. Where
-    a unit would lie along two axes at once (heads cut out of a projection, say) it is pinned.
+    A flattened channel becomes H * W columns that carry its unit; splitting them again gives the channel back. An axis
+    of units that is split becomes several strands. Where two axes with units of their own become one, these are pinned.
     """
-    out: list[Ids | None] = [None] * len(after)
+    out: list[Ids | Strand | None] = [None] * len(after)
     if math.prod(before) != math.prod(after) or 0 in before:  # the same bytes read as another type; no elements
         c.pin(axes, reason)
         return tuple(out)
-    for old, new in _groups(before, after):
-        carrying = [i for i in old if axes[i] is not None]
+    grids = _grids(axes)
+    for old, new in _joined(_groups(before, after), [set(dims) for dims, _ in grids]):
+        carrying = [(dims, grid) for dims, grid in grids if set(dims) <= set(old)]
         if len(carrying) != 1:
-            c.pin(tuple(axes[i] for i in carrying), reason)
+            c.pin(tuple(grid.ravel() for _, grid in carrying), reason)
             continue
-        ids = axes[carrying[0]]
-        assert ids is not None
-        spread = ids.reshape([-1 if i == carrying[0] else 1 for i in old])
-        grid = np.broadcast_to(spread, [before[i] for i in old]).reshape([after[j] for j in new])
-        for place, j in enumerate(new):
-            along = np.moveaxis(grid, place, 0).reshape(after[j], -1)
-            if (along == along[:, :1]).all():
-                out[j] = along[:, 0].copy()
-                break
-        else:
-            c.pin((ids,), reason)
+        dims, grid = carrying[0]
+        place = np.arange(grid.size).reshape(grid.shape).transpose(np.argsort(dims))
+        place = place.reshape([before[i] if i in dims else 1 for i in old])
+        place = np.broadcast_to(place, [before[i] for i in old]).reshape([after[j] for j in new])
+        _lay(c, grid.ravel(), place, new, out)
     return tuple(out)
+
+
+def cut(c: Context, axes: Strands, dim: int, index: int | slice) -> Strands:
+    """The axes of a part along one of them, which is gone where `index` is a number."""
+    out = list(axes)
+    axis = axes[dim]
+    if isinstance(axis, Strand):
+        dims, grid = next((dims, grid) for dims, grid in _grids(axes) if grid is axis.grid)
+        kept = slice(index, index + 1 or None) if isinstance(index, int) else index
+        place = np.arange(grid.size).reshape(grid.shape)[(slice(None),) * axis.dim + (kept,)]
+        for i in dims:
+            out[i] = None
+        if place.size:
+            _lay(c, grid.ravel(), place, dims, out)
+    else:
+        out[dim] = c.take(axis, [index] if isinstance(index, int) else index)
+    if isinstance(index, int):
+        del out[dim]
+    return tuple(out)
+
+
+def _grids(axes: Strands) -> list[tuple[list[int], Ids]]:
+    """All that carries units: a grid for every set of strands, one of a single axis for any other axis of units.
+
+    With it the axes of the tensor along which it lies, one for each of its own.
+    """
+    grids: dict[int, tuple[list[int], Ids]] = {}
+    for axis in axes:
+        if isinstance(axis, Strand) and id(axis.grid) not in grids:
+            place = {a.dim: i for i, a in enumerate(axes) if isinstance(a, Strand) and a.grid is axis.grid}
+            grids[id(axis.grid)] = [place[k] for k in range(axis.grid.ndim)], axis.grid
+    return [*grids.values(), *(([i], ids) for i, ids in enumerate(axes) if isinstance(ids, np.ndarray))]
+
+
+def _lay(c: Context, ids: Ids, place: np.ndarray, dims: Sequence[int], out: list[Ids | Strand | None]) -> None:
+    """Lay the units `ids[place]` along the axes `dims` of `out`: those on which the unit depends."""
+    grid = ids[place]
+    varying = [k for k in range(grid.ndim) if (grid != grid.take([0], k)).any()] or [0]
+    place = place[tuple(slice(None) if k in varying else 0 for k in range(grid.ndim))]
+    order = place.ravel()
+    if not np.array_equal(order, np.arange(len(ids))):
+        c.units.take(ids, order)
+    laid = ids[place]
+    for dim, k in enumerate(varying):
+        out[dims[k]] = Strand(laid, dim) if len(varying) > 1 else laid
 
 
 def _groups(before: tuple[int, ...], after: tuple[int, ...]) -> Iterator[tuple[list[int], list[int]]]:
@@ -55,3 +95,17 @@ def _groups(before: tuple[int, ...], after: tuple[int, ...]) -> Iterator[tuple[l
                 right.append(new.pop(0))
                 b *= after[right[-1]]
         yield left, right
+
+
+def _joined(
+    groups: Iterator[tuple[list[int], list[int]]], together: Sequence[set[int]]
+) -> list[tuple[list[int], list[int]]]:
+    """The same runs, those that hold strands of one grid put end to end."""
+    done: list[tuple[list[int], list[int]]] = []
+    for old, new in groups:
+        touched = [dims for dims in together if dims & set(old)]
+        for earlier in [run for run in done if any(dims & set(run[0]) for dims in touched)]:
+            done.remove(earlier)
+            old, new = sorted(earlier[0] + old), sorted(earlier[1] + new)
+        done.append((old, new))
+    return done

@@ -16,8 +16,9 @@ from torch.utils import _pytree as pytree
 
 from taskzip.errors import GraphError
 from taskzip.graph._layers import Reading
-from taskzip.graph._rules import apply_rule, none_of
-from taskzip.graph._values import Axes, Context, Value, flat
+from taskzip.graph._nodes import none_of
+from taskzip.graph._rules import apply_rule
+from taskzip.graph._values import Context, Strands, Value, flat
 from taskzip.graph.structure import OUTPUT, Structure
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -93,11 +94,14 @@ def _sources(program: Any, model: nn.Module) -> dict[str, str]:
 def _read(program: Any, names: dict[str, str]) -> Context:
     """Walk the graph in the order of execution and collect what it says of units."""
     c = Context()
+    constants = program.graph_signature.inputs_to_lifted_tensor_constants
     for node in program.graph.nodes:
         if node.op == "placeholder" and node.name in names:
             c.add_parameter(node, names[node.name])
         elif node.op in ("placeholder", "get_attr"):
             c.values[node] = _value(none_of(node), raw=True)
+            if node.name in constants:
+                c.constants[node] = program.constants[constants[node.name]]
         elif node.op == "call_function":
             calls = len(c.calls)
             axes = apply_rule(c, node)
@@ -109,5 +113,5 @@ def _read(program: Any, names: dict[str, str]) -> Context:
     return c
 
 
-def _value(axes: Axes | list[Axes], raw: bool) -> Value | list[Value]:
+def _value(axes: Strands | list[Strands], raw: bool) -> Value | list[Value]:
     return [Value(each, raw) for each in axes] if isinstance(axes, list) else Value(axes, raw)
