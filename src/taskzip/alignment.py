@@ -28,9 +28,10 @@ class Segment:
     owners: Owners
     channels: Mapping[int, np.ndarray]
 
-    def size(self, tasks: Iterable[int]) -> int:
-        """How many channels the largest of these tasks has here."""
-        return max(len(self.channels[t]) for t in tasks)
+    @property
+    def size(self) -> int:
+        """How many channels the largest of the owners has here."""
+        return max(map(len, self.channels.values()))
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class CommonInputs:
         self._segments = segments
         self.bias = bias
         self.taps = next(iter(layers.values())).taps
-        self.channels = sum(s.size(s.owners) for s in segments)
+        self.channels = sum(s.size for s in segments)
         self.width = self.channels * self.taps + bias
 
     def columns(self, task: int) -> Tensor:
@@ -73,7 +74,7 @@ class CommonInputs:
 
     def places(self, task: int) -> Tensor:
         """Where these columns lie in the common vector; where the task's own input is smaller, some are left out."""
-        starts = np.cumsum([0, *(s.size(s.owners) for s in self._segments)])
+        starts = np.cumsum([0, *(s.size for s in self._segments)])
         channels = [np.arange(len(s.channels[task])) + start for s, start in zip(self._segments, starts, strict=False)]
         bias = [self.width - 1] if self.bias else []
         places = self._taps_of(np.concatenate([np.empty(0, np.int64), *channels]))

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from taskzip.errors import GraphError, InputError
 from taskzip.graph import Layer, Structure, analyse
 from taskzip.observation import MaxRows, Observer, evaluating, run_batch
-from taskzip.task import Task
+from taskzip.task import Batch, Task
 from taskzip.zipped.blocks import installed
 
 Owners = tuple[int, ...]
@@ -35,20 +35,21 @@ class Member:
         changed: whether anything upstream may differ from the original network.
     """
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, seed: int) -> None:
         self.task = task
         self._check_parameters()
         self.samples = task.check_data()
         self.network = copy.deepcopy(task.model).eval()
-        self._first_batch = next(task.batches())
-        self._answers = self._first_answers()
-        self.structure = self._analyse()
+        batch = next(task.batches())
+        answers = self._first_answers(batch)
+        self.structure = self._analyse(batch)
+        self._check_orders(batch, answers, seed)
         self.shared: dict[int, tuple[str, tuple[tuple[Owners, int], ...]]] = {}
         self.changed = False
 
-    def _first_answers(self) -> Any:
+    def _first_answers(self, batch: Batch) -> Any:
         with evaluating(self.network):
-            answers = run_batch(self.task, self.network, self._first_batch, 0)
+            answers = run_batch(self.task, self.network, batch, 0)
         if any(isinstance(y, Tensor) and y.isnan().any() for y in pytree.tree_leaves(answers)):
             raise InputError(f"task {self.task.name!r}: the network's own outputs are NaN on the first batch.")
         return answers
@@ -62,13 +63,13 @@ class Member:
                     f"task {self.task.name!r}: {name!r} has NaN or infinite values: train or repair the network."
                 )
 
-    def _analyse(self) -> Structure:
+    def _analyse(self, batch: Batch) -> Structure:
         try:
-            return analyse(self.network, self._first_batch, self.task.run)
+            return analyse(self.network, batch, self.task.run)
         except GraphError as error:
             raise GraphError(f"task {self.task.name!r}: {error}") from error
 
-    def check_orders(self, seed: int) -> None:
+    def _check_orders(self, batch: Batch, answers: Any, seed: int) -> None:
         """Re-order every space at random in a copy of the network: it must still give its own outputs.
 
         Raises:
@@ -76,10 +77,10 @@ class Member:
         """
         rng = np.random.default_rng(seed)
         orders = [rng.permutation(len(space.units)) for space in self.structure.spaces]
-        if self._agrees(orders, range(len(orders))):
+        if self._agrees(orders, range(len(orders)), batch, answers):
             return
         for space in range(len(orders)):
-            if not self._agrees(orders, [space]):
+            if not self._agrees(orders, [space], batch, answers):
                 layer = next((x.name for x in self.structure.layers if x.space == space), "an unnamed layer")
                 raise GraphError(
                     f"task {self.task.name!r}: re-ordering the units of {layer!r} changes the outputs, so its readers "
@@ -89,13 +90,13 @@ class Member:
             f"task {self.task.name!r}: re-ordering hidden units changes the outputs; please report the network."
         )
 
-    def _agrees(self, orders: Sequence[np.ndarray], spaces: Sequence[int]) -> bool:
+    def _agrees(self, orders: Sequence[np.ndarray], spaces: Sequence[int], batch: Batch, answers: Any) -> bool:
         network = copy.deepcopy(self.network)
         for space in spaces:
             self.structure.reorder(network, space, orders[space])
         with evaluating(network):
-            given = run_batch(self.task, network, self._first_batch, 0)
-        pairs = zip(pytree.tree_leaves(self._answers), pytree.tree_leaves(given), strict=True)
+            given = run_batch(self.task, network, batch, 0)
+        pairs = zip(pytree.tree_leaves(answers), pytree.tree_leaves(given), strict=True)
         return all(_close(a, b) for a, b in pairs if isinstance(a, Tensor))
 
     def observer(self, max_rows: MaxRows, seed: int) -> Observer:

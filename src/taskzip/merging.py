@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -25,5 +26,7 @@ def merge_weights(
     first = weights[0]
     total = sum(curvatures[1:], start=curvatures[0])
     # w - w_1 = (sum H_t)^-1 sum H_t (w_t - w_1): one product less, and equal weights stay exactly what they are.
-    pull = sum((h @ (w - first).mT for h, w in zip(curvatures[1:], weights[1:], strict=True)), start=first.mT * 0)
+    pull = torch.zeros_like(first.mT)
+    for h, w in zip(curvatures[1:], weights[1:], strict=True):
+        pull += h @ (w - first).mT
     return first + solve_symmetric(total, pull).mT

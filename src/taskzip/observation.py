@@ -95,20 +95,35 @@ def _replaced(module: ModuleType, name: str, function: Callable[..., Any]) -> It
 
 
 @contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Run models in eval mode without gradients, and leave every module's mode and buffers as they were."""
-    modules = {module for model in models for module in model.modules()}
-    modes = {module: module.training for module in modules}
-    buffers = [(module, dict(module._buffers)) for module in modules if module._buffers]
-    values = {b: b.detach().clone() for _, each in buffers for b in each.values() if b is not None}
+def keeping_modes(*models: nn.Module) -> Iterator[None]:
+    """Leave every module's mode as it was."""
+    modes = {module: module.training for model in models for module in model.modules()}
     try:
-        for model in models:
-            model.eval()
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Run models in eval mode without gradients, and leave every module's mode and buffers as they were."""
+    with in_eval_mode(*models), torch.no_grad():
+        yield
+
+
+@contextmanager
+def in_eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Put models into eval mode, and leave every module's mode and buffers as they were."""
+    modules = {module for model in models for module in model.modules()}
+    buffers = [(module, dict(module._buffers)) for module in modules if module._buffers]
+    values = {b: b.detach().clone() for _, each in buffers for b in each.values() if b is not None}
+    try:
+        with keeping_modes(*models):
+            for model in models:
+                model.eval()
+            yield
+    finally:
         for module, each in buffers:
             module._buffers.update(each)
         with torch.no_grad():

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from taskzip.curvature import LayerStatistics, solve_symmetric
+from taskzip.curvature import LayerStatistics, damped, solve_symmetric
 
 _ROUNDING = 1e-9
 """Corrections below this, relative to a unit's spread, are rounding: units that agree stay exactly as they are."""
@@ -33,9 +33,7 @@ def least_squares(
     d = weights.shape[1] if bias else weights.shape[1] - 1
     gram, cross = statistics.gram[:d, :d], statistics.cross[:d]
     pull = ridge * gram.diagonal().mean()
-    solved = solve_symmetric(
-        gram + pull * torch.eye(d, dtype=gram.dtype, device=gram.device), cross + pull * weights[:, :d].mT
-    )
+    solved = solve_symmetric(damped(gram, ridge), cross + pull * weights[:, :d].mT)
     return torch.cat([solved.mT, weights[:, d:]], dim=1)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from taskzip.errors import InputError
-from taskzip.observation import evaluating, run_batch
+from taskzip.observation import in_eval_mode, keeping_modes, run_batch
 from taskzip.randomness import checked_seed, seeded
 from taskzip.task import Batch, Task
 from taskzip.zipped import ZippedModel
@@ -97,8 +97,14 @@ class Retraining:
         own = self.optimizer is None
         optimizer = relative_adam(parameters, self.step_size) if self.optimizer is None else self.optimizer(parameters)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1)) if own else None
+        teachers = [task.model for task in tasks] if self.loss == "distill" else []
         losses = []
-        with seeded(seed), _retraining_mode(zipped, self.batch_norm), _losses_bar(progress) as bar:
+        with (
+            seeded(seed),
+            in_eval_mode(*teachers),
+            _retraining_mode(zipped, self.batch_norm),
+            _losses_bar(progress) as bar,
+        ):
             streams = [_endless(task) for task in tasks]
             todo = bar.add_task("retraining", total=steps, losses="")
             for step in range(steps):
@@ -136,7 +142,7 @@ class Retraining:
     def _loss(self, task: Task, output: Any, batch: Batch) -> Tensor:
         if self.loss == "labels":
             return task.loss(output, task.targets(batch))
-        with evaluating(task.model):
+        with torch.no_grad():
             taught = task.run(task.model, batch)
         return distillation_loss(task, output, taught)
 
@@ -245,11 +251,7 @@ def _losses_bar(progress: bool) -> Progress:
 
 @contextmanager
 def _retraining_mode(zipped: ZippedModel, batch_norm: BatchNorm) -> Iterator[None]:
-    modes = {module: module.training for module in zipped.modules()}
-    try:
+    with keeping_modes(zipped):
         for module in zipped.modules():
             module.training = batch_norm == "update" and isinstance(module, nn.modules.batchnorm._BatchNorm)
         yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

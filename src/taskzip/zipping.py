@@ -94,13 +94,11 @@ def zip_tasks(
 
 def _zip(tasks: Sequence[Task], settings: Settings, progress: bool) -> ZippedModel:
     """Algorithm 1: layer by layer, each from inputs computed by the networks as zipped so far."""
-    members = [Member(task) for task in tasks]
+    members = [Member(task, settings.seed) for task in tasks]
     layers = _correspondence(members)
     _check_names("share", settings.plan.named(), layers)
     _check_names("retrain", settings.retraining.named(), layers)
     settings.retraining.check(tasks)
-    for member in members:
-        member.check_orders(settings.seed)
     zipped = ZippedModel({member.task.name: member.network for member in members})
     zipped.history.settings = settings.as_dict() | {"samples": {m.task.name: m.samples for m in members}}
     with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
@@ -188,15 +186,21 @@ def _arrange(member: Member, layer: Layer, writer: str, units: Mapping[Owners, T
 
 def _observe(member: Member, layer: Layer, settings: Settings, sharing: bool) -> LayerStatistics | None:
     """Lines 2 and 3 of Algorithm 1, where anything is to be done with it."""
-    if not sharing and not (settings.compensate and member.changed and layer.solvable):
+    if not sharing and not _to_solve(member, layer, settings):
         return None
-    changed = member.changed and not layer.reads_input
+    # What the original network answers serves compensation and batch-norm only; else one forward pass is enough.
+    changed = member.changed and not layer.reads_input and bool(settings.compensate or layer.batch_norm)
     return member.observer(settings.max_rows, settings.seed).observe(layer, changed=changed)
+
+
+def _to_solve(member: Member, layer: Layer, settings: Settings) -> bool:
+    """Whether compensation has anything to do: the layer's inputs may have changed."""
+    return settings.compensate and member.changed and layer.solvable and not layer.reads_input
 
 
 def _compensated(member: Member, layer: Layer, statistics: LayerStatistics | None, settings: Settings) -> Tensor:
     weights = member.weights(layer)
-    if statistics is None or not settings.compensate or not member.changed or layer.reads_input or not layer.solvable:
+    if statistics is None or not _to_solve(member, layer, settings):
         return weights
     return least_squares(statistics, weights, settings.ridge, bias=layer.bias is not None)
 
