@@ -18,6 +18,7 @@ settings.load_profile("taskzip")
 def pytest_configure() -> None:
     # The networks here are tiny: on two cores a second thread makes a zip 2 to 10 times slower (80 ms with one thread).
     torch.set_num_threads(1)
+    torch.manual_seed(0)  # for what test modules draw when they are imported
 
 
 @pytest.fixture(autouse=True)

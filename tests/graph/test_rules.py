@@ -542,7 +542,7 @@ NOT_ALIKE: dict[str, tuple[Callable[..., Tensor], str]] = {
     "weights by number": (lambda m, x: x * torch.arange(6), "mul with a fixed order"),
     "a buffer to write to": (lambda m, x: torch.sum(x, 1, True, out=x.new_empty(3, 1)) + x, "op sum is not known"),
     "as strided": (lambda m, x: x.as_strided((3, 6), (6, 1)), "op as_strided is not known"),
-    "other type of view": (lambda m, x: x.view(torch.float32).double()[:, :6], "mixes units"),
+    "other type of view": (lambda m, x: x.view(torch.int32).double()[:, :6] / 2**31, "mixes units"),
 }
 
 
