@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from taskzip.graph import Layer
-from taskzip.members import Member, Owners
+from taskzip.members import Member, Owners, Slots
 
 
 @dataclass(frozen=True)
@@ -107,17 +108,57 @@ class CommonInputs:
         return (channels[:, None] * self.taps + np.arange(self.taps)).ravel()
 
 
-def align_inputs(members: Sequence[Member], layers: Mapping[int, Layer]) -> JointInputs:
-    """Which inputs of a layer its tasks share: the networks' input by position, hidden units by their groups."""
-    found: dict[tuple[str, Owners], dict[int, np.ndarray]] = {}
+def align_inputs(
+    members: Sequence[Member], layers: Mapping[int, Layer], slots: Mapping[int, Slots] | None = None
+) -> JointInputs:
+    """Which inputs of a layer its tasks share: the networks' input by position, hidden units by their slots.
+
+    Args:
+        members: the tasks.
+        layers: the layer in each task that takes part.
+        slots: where the units of each task stand, if not where the members say.
+    """
+    sources: dict[int | None, dict[int, _Read]] = {}
     for t, layer in layers.items():
-        for source, positions in members[t].shared_inputs(layer).items():
-            found.setdefault(source, {})[t] = positions
-    segments = []
-    for (writer, owners), read in found.items():
-        # The networks' input is common to all that read it. Hidden units must be read by all of their owners, and
-        # equally often: one that is read 16 times by one task and 25 times by another has no common columns.
-        alike = len({each.shape for each in read.values()}) == 1
-        if len(read) > 1 and (writer == "" or (alike and set(read) == set(owners) & set(layers))):
-            segments.append(Segment(tuple(sorted(read)), {t: each.ravel() for t, each in read.items()}))
+        for source, read in _sources(members[t], layer, members[t].slots if slots is None else slots[t]).items():
+            sources.setdefault(source, {})[t] = read
+    raw = {t: read.slots for t, read in sources.pop(None, {}).items()}
+    segments = [Segment(tuple(raw), raw)] if len(raw) > 1 else []
+    segments += [segment for read in sources.values() if len(read) > 1 for segment in _segments(read)]
     return JointInputs(layers, tuple(segments), tuple(t for t, layer in layers.items() if layer.bias is not None))
+
+
+class _Read(NamedTuple):
+    """Units that a layer reads: their slots, and the channels of each, [units, times that each is read]."""
+
+    slots: np.ndarray
+    channels: np.ndarray
+
+
+def _sources(member: Member, layer: Layer, slots: Slots) -> dict[int | None, _Read]:
+    """What a layer reads of each joint space; the network's own input, under None, counts as one unit a channel."""
+    if layer.reads_input:
+        return {None: _Read(np.arange(layer.inputs), np.arange(layer.inputs)[:, None])}
+    found: dict[int | None, _Read] = {}
+    if layer.columns is None:
+        return found
+    for space, (joint, units) in slots.items():
+        channels = member.structure.spaces[space].positions(layer.columns)
+        if channels.size:
+            found.setdefault(joint, _Read(units, channels))
+    return found
+
+
+def _segments(read: Mapping[int, _Read]) -> Iterator[Segment]:
+    """The slots that the same two or more tasks read; where tasks read a unit differently often, none."""
+    if len({each.channels.shape[1] for each in read.values()}) > 1:
+        return
+    place = np.full((len(read), 1 + max(each.slots.max() for each in read.values())), -1)
+    for k, each in enumerate(read.values()):
+        place[k, each.slots] = np.arange(len(each.slots))
+    patterns, pattern = np.unique(place >= 0, axis=1, return_inverse=True)
+    for index, present in enumerate(patterns.T):
+        if present.sum() > 1:
+            where = np.flatnonzero(pattern == index)
+            tasks = [(k, t) for k, t in enumerate(read) if present[k]]
+            yield Segment(tuple(t for _, t in tasks), {t: read[t].channels[place[k, where]].ravel() for k, t in tasks})

@@ -12,8 +12,8 @@ from taskzip.alignment import JointInputs
 from taskzip.members import Member, Owners
 from taskzip.zipped.blocks import Blocks, BlockSpec, BlocksSpec, RowSpec, block_name, install
 
-Groups = Sequence[tuple[Owners, int]]
-"""Groups of units in the order in which they lie in the layer, with their sizes; a task's own units come last."""
+Groups = Mapping[Owners, np.ndarray]
+"""Which rows of a layer each set of owners shares, in an order that all of them have in common."""
 
 
 def install_blocks(members: Sequence[Member], inputs: JointInputs, groups: Mapping[int, Groups]) -> None:
@@ -22,7 +22,7 @@ def install_blocks(members: Sequence[Member], inputs: JointInputs, groups: Mappi
     Args:
         members: the tasks; their weights are merged already, with equal values wherever they are shared.
         inputs: the inputs of the layer that several tasks share.
-        groups: per task that takes part, the groups that its units form.
+        groups: per task that takes part, the rows that it shares; all others are its own.
     """
     cutter = _Cutter(members, inputs, groups)
     cut = {t: (cutter.weight(t), cutter.bias(t)) for t in inputs.layers}
@@ -38,7 +38,7 @@ class _Cutter:
     def __init__(self, members: Sequence[Member], inputs: JointInputs, groups: Mapping[int, Groups]) -> None:
         self._names = [member.task.name for member in members]
         self._inputs = inputs
-        self._spans = {t: _spans(each) for t, each in groups.items()}
+        self._rows = {t: _with_own(each, (t,), inputs.layers[t].units) for t, each in groups.items()}
         self._weights = {t: members[t].network.get_parameter(x.weight) for t, x in inputs.layers.items()}
         self._biases = {t: members[t].network.get_parameter(x.bias) for t, x in inputs.layers.items() if x.bias}
         self._tied: dict[tuple[str, bool], nn.Parameter] = {}
@@ -47,7 +47,7 @@ class _Cutter:
         """The weight of one task: for each group of rows, a block per set of tasks that use the same inputs."""
         rows: list[RowSpec] = []
         parameters: dict[str, nn.Parameter] = {}
-        for owners in self._spans[task]:
+        for owners in self._rows[task]:
             specs, order = [], []
             for users, channels in self._channels(task, owners).items():
                 name, block = self._weight_block(owners, users)
@@ -56,18 +56,22 @@ class _Cutter:
                 specs.append(BlockSpec(name, tuple(block.shape), inputs))
                 order.append(channels)
             rows.append(RowSpec(tuple(specs), _natural(np.concatenate(order))))
-        return Blocks(BlocksSpec(tuple(rows)), parameters)
+        return Blocks(BlocksSpec(tuple(rows), self._order(task)), parameters)
 
     def bias(self, task: int) -> Blocks | None:
         """The bias of one task: a block per group of rows, shared by those of its owners that have a bias."""
         if task not in self._biases:
             return None
         parameters: dict[str, nn.Parameter] = {}
-        for owners, span in self._spans[task].items():
+        for owners, rows in self._rows[task].items():
             users = tuple(t for t in owners if t in self._inputs.bias)
-            parameters[self._name(owners, users)] = self._tie(owners, users, self._biases[task][span], bias=True)
-        rows = tuple(RowSpec((BlockSpec(name, tuple(p.shape)),)) for name, p in parameters.items())
-        return Blocks(BlocksSpec(rows), parameters)
+            values = self._biases[task][torch.from_numpy(rows)]
+            parameters[self._name(owners, users)] = self._tie(owners, users, values, bias=True)
+        specs = tuple(RowSpec((BlockSpec(name, tuple(p.shape)),)) for name, p in parameters.items())
+        return Blocks(BlocksSpec(specs, self._order(task)), parameters)
+
+    def _order(self, task: int) -> tuple[int, ...] | None:
+        return _natural(np.concatenate(list(self._rows[task].values())))
 
     def _channels(self, task: int, owners: Owners) -> dict[Owners, np.ndarray]:
         """A task's input channels by the owners of the rows that also have them."""
@@ -86,7 +90,8 @@ class _Cutter:
     def _weight_block(self, owners: Owners, users: Owners) -> tuple[str, nn.Parameter]:
         channels = {t: self._channels(t, owners)[users] for t in users}
         widest = max(users, key=lambda t: len(channels[t]))
-        values = self._weights[widest][self._spans[widest][owners]][:, torch.from_numpy(channels[widest])]
+        rows = torch.from_numpy(self._rows[widest][owners])
+        values = self._weights[widest][rows][:, torch.from_numpy(channels[widest])]
         return self._name(owners, users), self._tie(owners, users, values, bias=False)
 
     def _tie(self, owners: Owners, users: Owners, values: Tensor, *, bias: bool) -> nn.Parameter:
@@ -101,12 +106,14 @@ class _Cutter:
         return block_name([self._names[t] for t in owners], [self._names[t] for t in users])
 
 
-def _spans(groups: Groups) -> dict[Owners, slice]:
-    ends = np.cumsum([count for _, count in groups]).tolist()
-    return {owners: slice(end - count, end) for (owners, count), end in zip(groups, ends, strict=True)}
+def _with_own(groups: Groups, own: Owners, units: int) -> dict[Owners, np.ndarray]:
+    """The groups with most owners first, and what no group has."""
+    shared = dict(sorted(groups.items(), key=lambda group: (-len(group[0]), group[0])))
+    left = np.setdiff1d(np.arange(units), np.concatenate([np.empty(0, np.int64), *shared.values()]))
+    return shared | ({own: left} if len(left) else {})
 
 
-def _natural(channels: np.ndarray) -> tuple[int, ...] | None:
-    """How to put columns that lie as `channels` into ascending order; None where they are."""
-    order = np.argsort(channels)
+def _natural(places: np.ndarray) -> tuple[int, ...] | None:
+    """How to put rows or columns that lie as `places` into ascending order; None where they are."""
+    order = np.argsort(places)
     return None if (order == np.arange(len(order))).all() else tuple(order.tolist())

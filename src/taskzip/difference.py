@@ -20,7 +20,9 @@ def functional_difference(
     w_b: Float[Tensor, "b d"],
     h_a: Float[Tensor, "d d"],
     h_b: Float[Tensor, "d d"],
-) -> Float[Tensor, "a b"]:
+    *,
+    rows: int = 1,
+) -> Float[Tensor, "units_a units_b"]:
     """d (eq. 12) between every unit of A and every unit of B.
 
     Args:
@@ -28,6 +30,7 @@ def functional_difference(
         w_b: those of B.
         h_a: the curvature of A over those inputs, weighted by the balance and damped.
         h_b: that of B.
+        rows: how many rows one unit has (those of an attention head); its d is the sum over them, row by row.
 
     Returns:
         The rise in the balanced layer error, [units of A, units of B]; never negative.
@@ -35,10 +38,9 @@ def functional_difference(
     total = h_a + h_b
     pulled_a, pulled_b = h_a @ w_a.mT, h_b @ w_b.mT  # [d, units]
     white_a, white_b = whiten(total, pulled_a), whiten(total, pulled_b)
-    own_a = (w_a.mT * pulled_a).sum(0) - white_a.square().sum(0)  # wA^T M wA
-    own_b = (w_b.mT * pulled_b).sum(0) - white_b.square().sum(0)
-    both = white_a.mT @ white_b  # wA^T M wB
-    d = (own_a[:, None] + own_b[None, :]).sub_(both, alpha=2).mul_(0.5)
+    size_a, size_b = ((w * p.mT).unflatten(0, (-1, rows)).sum((1, 2)) for w, p in ((w_a, pulled_a), (w_b, pulled_b)))
+    white_a, white_b = (white.mT.reshape(-1, rows * white.shape[0]) for white in (white_a, white_b))
+    own_a, own_b = size_a - white_a.square().sum(1), size_b - white_b.square().sum(1)  # wA^T M wA, wB^T M wB
+    d = (own_a[:, None] + own_b[None, :]).sub_(white_a @ white_b.mT, alpha=2).mul_(0.5)
     # Equal weights leave only rounding, in proportion to what was subtracted: that is 0.
-    size_a, size_b = ((w.mT * p).sum(0) for w, p in ((w_a, pulled_a), (w_b, pulled_b)))
     return d.masked_fill_(d <= 1e-13 * torch.minimum(size_a[:, None], size_b[None, :]), 0)

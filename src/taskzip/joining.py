@@ -6,142 +6,238 @@ each further task's units pair with units of any group, at the curvature that th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from taskzip.alignment import CommonInputs, JointInputs
 from taskzip.curvature import LayerStatistics, damped
 from taskzip.difference import functional_difference
-from taskzip.matching import Matching, match
-from taskzip.members import Member, Owners
+from taskzip.graph import Layer
+from taskzip.matching import Matching, Pairs, match
+from taskzip.members import Owners
 from taskzip.merging import merge_weights
 from taskzip.plan import Quota
 from taskzip.recalibration import match_spread
+from taskzip.slots import assign_slots, pair_in_slots
+
+
+@dataclass(frozen=True)
+class TaskLayer:
+    """One task's layer as the joint layer sees it.
+
+    Attributes:
+        task: its number.
+        layer: what the graph says of it.
+        weights: all incoming weights [rows, inputs * taps + 1], bias last, divided by `scale`.
+        scale: what batch-norm will divide each row by, [rows, 1], where the scale of a unit must not matter; else 1.
+        statistics: what the layer reads.
+        samples: over how many samples these were summed.
+        balance, damping: as for `zip`.
+    """
+
+    task: int
+    layer: Layer
+    weights: Tensor
+    statistics: LayerStatistics
+    samples: int
+    balance: float
+    damping: float
+
+    def curvature(self, common: CommonInputs) -> Tensor:
+        """H over common inputs, weighted by the balance, damped, 0 where a connection is fictive."""
+        # Batch-norm takes the mean off again, for each task by itself, so that only the spread matters.
+        s = self.statistics
+        gram = s.rows * s.covariance() if self.layer.batch_norm else s.gram
+        columns = common.columns(self.task).to(gram.device)
+        h = self.balance / self.samples * gram[columns[:, None], columns]
+        return common.curvature(self.task, damped(h, self.damping))
+
+    def common(self, common: CommonInputs, rows: Tensor) -> Tensor:
+        """The weights of some rows over common inputs."""
+        return common.weights(self.task, self.weights[rows])
+
+
+@dataclass(frozen=True)
+class Group:
+    """Joint units that the same tasks own.
+
+    Attributes:
+        units: [units, owners], the number of each unit in each of its owners.
+        slots: [units], where the units stand in their joint space.
+    """
+
+    units: Tensor
+    slots: np.ndarray
+
+    def taken(self, keep: Tensor) -> Group:
+        """Some of the units."""
+        return Group(self.units[keep], self.slots[keep.cpu().numpy()])
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """How units find their partners.
+
+    Attributes:
+        quota: how many pairs share their weights.
+        matching, seed: how pairs are found.
+        aligned: every unit gets a partner, whether they share weights or not (Sec. 3.7).
+    """
+
+    quota: Quota
+    matching: Matching
+    seed: int
+    aligned: bool
 
 
 class JointLayer:
-    """The joint layer while it grows.
+    """The joint layer, or that part of it whose units lie in one joint space, while it grows.
 
-    Each task's weights stay a full matrix [units, inputs * taps + 1], bias last; what is shared stands in every one.
+    Each task's weights stay a full matrix [rows, inputs * taps + 1], bias last; what is shared stands in every one.
 
     Attributes:
-        groups: per set of owners, which units of each owner are one unit: [units of the group, owners].
+        groups: per set of owners, their units.
+        slots: per task, in which slot each of its units stands.
         weights: per task, its weights as merged so far.
         cost: the summed functional difference of all pairs so far.
     """
 
     def __init__(
         self,
-        members: Sequence[Member],
+        sides: Mapping[int, TaskLayer],
         inputs: JointInputs,
-        statistics: Mapping[int, LayerStatistics],
-        weights: Mapping[int, Tensor],
-        balance: Sequence[float],
-        damping: float,
+        rows: Mapping[int, np.ndarray],
+        pairing: Pairing,
+        slots: Mapping[int, np.ndarray] | None = None,
     ) -> None:
-        self.inputs = inputs
-        self.cost = 0.0
-        self._members = members
-        self._statistics = statistics
-        self._balance = balance
-        self._damping = damping
-        self._normed = all(layer.batch_norm for layer in inputs.layers.values())
-        self.weights = {t: w / self._scale(t) for t, w in weights.items()}
-        first = next(iter(inputs.layers))
-        self.groups: dict[Owners, Tensor] = {(first,): self._all_units(first)}
+        """The first task's units alone.
 
-    def add(self, task: int, quota: Quota, matching: Matching, seed: int) -> None:
-        """Pair the units of one more task with joint units, and merge the weights of the pairs."""
-        candidates = [(owners, self.inputs.common((*owners, task))) for owners in self.groups]
-        candidates = [(owners, common) for owners, common in candidates if common.channels]
-        free = self._all_units(task)
-        if candidates:
-            meetings = [_Meeting(self, owners, task, common) for owners, common in candidates]
-            pairs = match(
-                torch.cat([m.difference for m in meetings]),
-                count=min(quota.pairs, sum(len(m.units) for m in meetings), len(free)),
-                threshold=quota.threshold,
-                method=matching,
-                seed=seed,
-            )
-            self.cost += float(pairs.cost.sum())
-            start = 0
-            for meeting in meetings:
-                inside = (pairs.a >= start) & (pairs.a < start + len(meeting.units))
-                self._merge(meeting, pairs.a[inside] - start, pairs.b[inside])
-                start += len(meeting.units)
-            free = _without(free, pairs.b)
-        if len(free):
-            self.groups[task,] = free
+        Args:
+            sides: the layer of each task.
+            inputs: what they read in common.
+            rows: per task that takes part, the rows of each unit, [units, rows of a unit].
+            pairing: how units find their partners.
+            slots: per task, where the units stand; None where this layer decides.
+        """
+        self.cost = 0.0
+        self._sides = sides
+        self._inputs = inputs
+        self._rows = {t: torch.from_numpy(each).to(sides[t].weights.device) for t, each in rows.items()}
+        self._pairing = pairing
+        self._given = slots
+        self.weights = {t: sides[t].weights for t in rows}
+        first, *self._others = rows
+        self.slots = {first: np.arange(len(rows[first])) if slots is None else slots[first]}
+        self.groups: dict[Owners, Group] = {(first,): Group(self._all_units(first), self.slots[first])}
+        for task in self._others:
+            self._add(task)
 
     def match_spread(self) -> None:
         """Give merged units back the spread that the original networks had; batch-norm does that by itself."""
-        if any(layer.batch_norm for layer in self.inputs.layers.values()):
+        if any(side.layer.batch_norm for side in self._sides.values()):
             return
         for owners, units in self._shared():
-            rows = [self.weights[t][units[:, k]] for k, t in enumerate(owners)]
-            total = sum(self._balance[t] for t in owners)
+            rows = [self._rows_of(t, units[:, k]) for k, t in enumerate(owners)]
+            weights = [self.weights[t][each] for t, each in zip(owners, rows, strict=True)]
+            balance = [self._sides[t].balance for t in owners]
             scale, shift = match_spread(
-                [self._statistics[t] for t in owners], rows, list(units.T), [self._balance[t] / total for t in owners]
+                [self._sides[t].statistics for t in owners], weights, rows, [b / sum(balance) for b in balance]
             )
-            shift = shift if set(owners) <= set(self.inputs.bias) else torch.zeros_like(shift)
-            for k, (t, w) in enumerate(zip(owners, rows, strict=True)):
+            shift = shift if set(owners) <= set(self._inputs.bias) else torch.zeros_like(shift)
+            for t, each, w in zip(owners, rows, weights, strict=True):
                 w = scale[:, None] * w
                 w[:, -1] += shift
-                self.weights[t] = self.weights[t].index_copy(0, units[:, k], w)
+                self.weights[t] = self.weights[t].index_copy(0, each, w)
 
-    def finished(self, weights: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """Every task's weights: merged where shared, else as they were given."""
-        found = {}
-        for t, w in weights.items():
-            shared = [units for owners, units in self.units_of(t).items() if len(owners) > 1]
-            units = torch.cat([self._all_units(t)[:0, 0], *shared])
-            found[t] = w.index_copy(0, units, self.weights[t][units])
-        return found
+    def write(self, weights: Mapping[int, Tensor]) -> None:
+        """Put what is shared into the tasks' weights, given as they were before."""
+        for owners, units in self._shared():
+            for k, t in enumerate(owners):
+                rows = self._rows_of(t, units[:, k])
+                weights[t][rows] = self.weights[t][rows]
+
+    def reorder(self, task: int, order: np.ndarray) -> None:
+        """A task's units were put into a new order: unit `order[k]` now stands in place k."""
+        place = torch.from_numpy(np.argsort(order)).to(self.weights[task].device)
+        for owners, group in self.groups.items():
+            if task in owners:
+                group.units[:, owners.index(task)] = place[group.units[:, owners.index(task)]]
+        self.slots[task] = self.slots[task][order]
 
     def units_of(self, task: int) -> dict[Owners, Tensor]:
         """The groups that own units of a task, and which these are."""
-        return {owners: units[:, owners.index(task)] for owners, units in self.groups.items() if task in owners}
+        return {owners: group.units[:, owners.index(task)] for owners, group in self.groups.items() if task in owners}
 
-    def shared_units(self) -> int:
-        """How many joint units more than one task owns."""
-        return sum(len(units) for _, units in self._shared())
+    def shared_rows(self) -> int:
+        """How many rows of the joint layer more than one task owns."""
+        return sum(len(units) * self._rows[owners[0]].shape[1] for owners, units in self._shared())
 
-    def curvature(self, task: int, common: CommonInputs) -> Tensor:
-        """H of one task over common inputs, weighted by the balance, damped, 0 where a connection is fictive."""
-        s, layer = self._statistics[task], self.inputs.layers[task]
-        # Batch-norm takes the mean off again, for each task by itself, so that only the spread matters.
-        gram = s.rows * s.covariance() if layer.batch_norm else s.gram
-        columns = common.columns(task).to(gram.device)
-        h = self._balance[task] / self._members[task].samples * gram[columns[:, None], columns]
-        return common.curvature(task, damped(h, self._damping))
+    def _add(self, task: int) -> None:
+        """Pair the units of one more task with joint units, and merge the weights of the pairs."""
+        candidates = [(owners, self._inputs.common((*owners, task))) for owners in self.groups]
+        meetings = [_Meeting(self, owners, task, common) for owners, common in candidates if common.channels]
+        slots = np.concatenate([np.empty(0, np.int64), *(self.groups[m.owners].slots for m in meetings)])
+        pairs = self._pair(task, [m.difference for m in meetings], slots)
+        self.cost += float(pairs.cost.sum())
+        start = 0
+        for meeting in meetings:
+            inside = (pairs.a >= start) & (pairs.a < start + len(meeting.units))
+            self._merge(meeting, pairs.a[inside] - start, pairs.b[inside])
+            start += len(meeting.units)
+        free = _without(self._all_units(task), pairs.b)
+        if len(free):
+            self.groups[task,] = Group(free, self.slots[task][free[:, 0].cpu().numpy()])
+
+    def _pair(self, task: int, difference: list[Tensor], slots: np.ndarray) -> Pairs:
+        """Which joint units the units of a task share weights with; settles in which slots the task's units stand."""
+        new, count = len(self._rows[task]), 1 + max(int(each.max()) for each in self.slots.values())
+        pairing, quota = self._pairing, self._pairing.quota
+        if self._given is None and not pairing.aligned:
+            d = torch.cat([self.weights[task].new_zeros(0, new), *difference])
+            most = min(quota.pairs, *d.shape)
+            pairs = match(d, count=most, threshold=quota.threshold, method=pairing.matching, seed=pairing.seed)
+            self.slots[task] = count + np.arange(new)
+            self.slots[task][pairs.b.cpu().numpy()] = slots[pairs.a.cpu().numpy()]
+            return pairs
+        cost = np.concatenate([np.empty((0, new)), *(each.double().cpu().numpy() for each in difference)])
+        method, seed = pairing.matching, pairing.seed
+        self.slots[task] = (
+            assign_slots(cost, slots, count, method=method, seed=seed) if self._given is None else self._given[task]
+        )
+        pairs = pair_in_slots(
+            cost, slots, self.slots[task], count=quota.pairs, threshold=quota.threshold, method=method, seed=seed
+        )
+        return Pairs(*(each.to(self.weights[task].device) for each in pairs))
 
     def _merge(self, meeting: _Meeting, joint: Tensor, new: Tensor) -> None:
         if not len(joint):
             return
         merged = meeting.merged(joint, new)
+        group = self.groups.pop(meeting.owners)
         owners = (*meeting.owners, meeting.task)
-        units = torch.cat([meeting.units[joint], new[:, None]], dim=1)
+        units = torch.cat([group.units[joint], new[:, None]], dim=1)
         for k, t in enumerate(owners):
-            rows = meeting.common.write(t, self.weights[t][units[:, k]], merged)
-            self.weights[t] = self.weights[t].index_copy(0, units[:, k], rows)
-        left = _without(torch.arange(len(meeting.units), device=joint.device), joint)
-        del self.groups[meeting.owners]
+            rows = self._rows_of(t, units[:, k])
+            self.weights[t] = self.weights[t].index_copy(
+                0, rows, meeting.common.write(t, self.weights[t][rows], merged)
+            )
+        left = _without(torch.arange(len(group.units), device=joint.device), joint)
         if len(left):
-            self.groups[meeting.owners] = meeting.units[left]
-        self.groups[owners] = units
+            self.groups[meeting.owners] = group.taken(left)
+        self.groups[owners] = Group(units, group.slots[joint.cpu().numpy()])
 
     def _shared(self) -> list[tuple[Owners, Tensor]]:
-        return [(owners, units) for owners, units in self.groups.items() if len(owners) > 1]
+        return [(owners, group.units) for owners, group in self.groups.items() if len(owners) > 1]
 
     def _all_units(self, task: int) -> Tensor:
-        return torch.arange(self.inputs.layers[task].units, device=self.weights[task].device)[:, None]
+        return torch.arange(len(self._rows[task]), device=self.weights[task].device)[:, None]
 
-    def _scale(self, task: int) -> Tensor | float:
-        """What batch-norm will divide each unit by: the unit's own scale must not matter (design 2.4)."""
-        return self._members[task].batch_norm_scale(self.inputs.layers[task])[:, None] if self._normed else 1.0
+    def _rows_of(self, task: int, units: Tensor) -> Tensor:
+        return self._rows[task][units].flatten()
 
 
 class _Meeting:
@@ -149,17 +245,21 @@ class _Meeting:
 
     def __init__(self, joint: JointLayer, owners: Owners, task: int, common: CommonInputs) -> None:
         self.owners, self.task, self.common = owners, task, common
-        self.units = joint.groups[owners]
-        gathered = torch.stack([joint.curvature(t, common) for t in owners]).sum(0)
-        self._curvatures = (gathered, joint.curvature(task, common))
+        self.units = joint.groups[owners].units
+        sides = joint._sides
+        gathered = torch.stack([sides[t].curvature(common) for t in owners]).sum(0)
+        self._curvatures = (gathered, sides[task].curvature(common))
         widest = max(range(len(owners)), key=lambda k: len(common.columns(owners[k])))
-        rows = joint.weights[owners[widest]][self.units[:, widest]]
-        self._weights = (common.weights(owners[widest], rows), common.weights(task, joint.weights[task]))
-        self.difference = functional_difference(*self._weights, *self._curvatures)
+        rows = joint.weights[owners[widest]][joint._rows_of(owners[widest], self.units[:, widest])]
+        own = joint.weights[task][joint._rows[task].flatten()]
+        self._weights = (common.weights(owners[widest], rows), common.weights(task, own))
+        self._height = joint._rows[task].shape[1]
+        self.difference = functional_difference(*self._weights, *self._curvatures, rows=self._height)
 
     def merged(self, joint: Tensor, new: Tensor) -> Tensor:
-        """The common weights of pairs, [pairs, common width]."""
-        return merge_weights([self._weights[0][joint], self._weights[1][new]], self._curvatures)
+        """The common weights of pairs, [pairs * rows of a unit, common width]."""
+        rows = [w.unflatten(0, (-1, self._height)) for w in self._weights]
+        return merge_weights([rows[0][joint].flatten(0, 1), rows[1][new].flatten(0, 1)], self._curvatures)
 
 
 def _without(units: Tensor, taken: Tensor) -> Tensor:

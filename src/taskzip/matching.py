@@ -55,21 +55,31 @@ def match(
         )
     if np.isnan(d).any():
         raise ValueError("the functional difference has NaN entries: check the weights and the calibration data")
-    if method == "optimal":
-        a, b = _optimal(d, count, threshold)
-    elif method == "greedy":
-        a, b = _greedy(d, count)
-    elif method == "random":
-        a, b = _random(d, count, seed)
-    else:
-        raise ValueError(f"unknown matching {method!r}: choose 'optimal', 'greedy' or 'random'")
+    a, b = match_costs(d, count, method=method, seed=seed, threshold=threshold)
     if threshold is not None:
         keep = d[a, b] <= threshold
         a, b = a[keep], b[keep]
+    return Pairs(*(each.to(difference.device) for each in choose(d, a, b)))
+
+
+def match_costs(
+    d: np.ndarray, count: int, *, method: Matching, seed: int, threshold: float | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """`match` on a finite array, in any order; with a threshold, pairs above it may be among them."""
+    if method == "optimal":
+        return _optimal(d, count, threshold)
+    if method == "greedy":
+        return _greedy(d, count)
+    if method == "random":
+        return _random(d, count, seed)
+    raise ValueError(f"unknown matching {method!r}: choose 'optimal', 'greedy' or 'random'")
+
+
+def choose(d: np.ndarray, a: np.ndarray, b: np.ndarray) -> Pairs:
+    """These pairs with their costs, sorted by `a`."""
     order = np.argsort(a)
     a, b = a[order], b[order]
-    on = difference.device
-    return Pairs(torch.from_numpy(a).to(on), torch.from_numpy(b).to(on), torch.from_numpy(d[a, b]).to(on))
+    return Pairs(torch.from_numpy(a), torch.from_numpy(b), torch.from_numpy(d[a, b]))
 
 
 def _optimal(d: np.ndarray, count: int, threshold: float | None) -> tuple[np.ndarray, np.ndarray]:

@@ -20,6 +20,9 @@ from taskzip.zipped.blocks import installed
 Owners = tuple[int, ...]
 """The tasks that own a unit, by their numbers, ascending."""
 
+Slots = dict[int, tuple[int, np.ndarray]]
+"""Per space of a task, its joint space and the slot of each unit: units of two tasks in one slot belong together."""
+
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3}
 
 
@@ -31,7 +34,7 @@ class Member:
         network: the working copy, zipped in place, in eval mode.
         structure: layers and spaces of the network.
         samples: how many samples the calibration data hold.
-        shared: per space, the joint layer that computes it, and the groups of shared units that its first units form.
+        slots: per space that has been put into order, the joint space, and in which of its slots each unit stands.
         changed: whether anything upstream may differ from the original network.
     """
 
@@ -44,7 +47,8 @@ class Member:
         answers = self._first_answers(batch)
         self.structure = self._analyse(batch)
         self._check_orders(batch, answers, seed)
-        self.shared: dict[int, tuple[str, tuple[tuple[Owners, int], ...]]] = {}
+        self.slots: Slots = {}
+        self._orders: dict[int, np.ndarray] = {}  # per space, which of the original's units stands in each place
         self.changed = False
 
     def _first_answers(self, batch: Batch) -> Any:
@@ -81,7 +85,7 @@ class Member:
             return
         for space in range(len(orders)):
             if not self._agrees(orders, [space], batch, answers):
-                layer = next((x.name for x in self.structure.layers if x.space == space), "an unnamed layer")
+                layer = next((x.name for x in self.structure.layers if space in x.spaces), "an unnamed layer")
                 raise GraphError(
                     f"task {self.task.name!r}: re-ordering the units of {layer!r} changes the outputs, so its readers "
                     f"were misunderstood. Please report the architecture; the network cannot be zipped as it is."
@@ -136,32 +140,20 @@ class Member:
         assert layer.batch_norm is not None
         return (self.batch_norm(layer)[1].double() + layer.batch_norm.eps).sqrt()
 
-    def shared_inputs(self, layer: Layer) -> dict[tuple[str, Owners], np.ndarray]:
-        """Which input channels of a layer may be shared: by the joint layer that computes them, and their owners.
+    def place(self, space: int, joint: int, order: np.ndarray, slots: np.ndarray) -> None:
+        """Put the units of a space into a new order; the unit in place k then stands in slot `slots[k]`."""
+        self.structure.reorder(self.network, space, order)
+        self._orders[space] = self._orders.get(space, np.arange(len(order)))[order]
+        self.slots[space] = (joint, slots)
 
-        Each array is [shared units, times each unit is read]. The network's own input, under ("", ()), counts as one
-        unit a channel.
-        """
-        if layer.reads_input:
-            return {("", ()): np.arange(layer.inputs)[:, None]}
-        if layer.columns is None:
-            return {}
-        found = {}
-        for space, (writer, groups) in self.shared.items():
-            positions = self.structure.spaces[space].positions(layer.columns)
+    def original_rows(self, layer: Layer) -> Tensor | None:
+        """Per row of a layer, which row it was in the original network; None where no row has moved."""
+        rows = np.arange(layer.units)
+        for space, order in self._orders.items():
+            positions = self.structure.spaces[space].positions(layer.rows)
             if positions.size:
-                start = 0
-                for owners, count in groups:
-                    found[writer, owners] = positions[start : start + count]
-                    start += count
-        return found
-
-    def share(self, layer: Layer, writer: str, order: np.ndarray, groups: Sequence[tuple[Owners, int]]) -> None:
-        """Put the units of a layer into the given order: groups of shared units first, then the task's own."""
-        assert layer.space is not None
-        self.structure.reorder(self.network, layer.space, order)
-        self.shared[layer.space] = (writer, tuple(groups))
-        self.changed = True
+                rows[positions.ravel()] = positions[order].ravel()
+        return None if (rows == np.arange(layer.units)).all() else torch.from_numpy(rows)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -7,7 +7,7 @@ a convolution, so that padding, stride and functional calls need no rules of the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -48,17 +48,18 @@ class _Read(NamedTuple):
 
 
 class _Recorder(TorchFunctionMode):
-    """Keeps the calls that are given a certain weight, and stops the forward pass after the last of them.
+    """Hands on the calls that are given certain weights, and stops the forward pass after the last of them.
 
     Functions that torch writes in Python on top of others, `multi_head_attention_forward` for one, run with the mode
     off; inside them `linear` is caught by its name.
     """
 
-    def __init__(self, weight: Tensor, calls: int) -> None:
+    def __init__(self, weights: Mapping[int, Layer], take: Callable[[Layer, _Read], None]) -> None:
+        """Layers by the id of their weight, and what to do with each read; what comes after may write into it."""
         super().__init__()
-        self.weight = weight
-        self.calls = calls
-        self.reads: list[_Read] = []
+        self._weights = weights
+        self._take = take
+        self.left = {layer.name: layer.calls for layer in weights.values()}
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -74,12 +75,11 @@ class _Recorder(TorchFunctionMode):
     def _keep(self, func: Callable[..., Tensor], slide: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         result = func(*args, **kwargs)
         given = slide | dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
-        if given["weight"] is self.weight:
-            read = _Read(given["input"], result, {name: given[name] for name in slide} or None)
-            last = len(self.reads) + 1 == self.calls
-            # What comes after may write into these tensors in place.
-            self.reads.append(read if last else read._replace(x=read.x.clone(), z=read.z.clone()))
-            if last:
+        layer = self._weights.get(id(given["weight"]))
+        if layer is not None:
+            self._take(layer, _Read(given["input"], result, {name: given[name] for name in slide} or None))
+            self.left[layer.name] -= 1
+            if not any(self.left.values()):
                 raise _Reached
         return result
 
@@ -159,12 +159,13 @@ class Observer:
     max_rows: MaxRows
     seed: int
 
-    def observe(self, layer: Layer, *, changed: bool) -> LayerStatistics:
+    def observe(self, layer: Layer, *, changed: bool, rows: Tensor | None = None) -> LayerStatistics:
         """Sum up what `layer` reads, and what the original network answers there.
 
         Args:
             layer: a layer of the network, still with a dense weight.
             changed: whether its inputs may differ from the original network's; if not, one forward pass serves both.
+            rows: which of the original's units each present one is, where they are in another order.
 
         Raises:
             InputError: inputs that are not finite, or a network that fails on its data.
@@ -176,22 +177,61 @@ class Observer:
                 reads = self._reads(self.network, layer, batch, index)
                 answers = self._reads(self.task.model, layer, batch, index) if changed else reads
                 for read, answer in zip(reads, answers, strict=True):
-                    self._add(statistics, read, answer.z, layer, samples_in(batch), generator)
+                    z = answer.z
+                    if changed and rows is not None:
+                        z = z.index_select(_units_on(z, layer), rows.to(z.device))
+                    self._add(statistics, read, z, layer, samples_in(batch), generator)
+        self._check(statistics, layer)
+        return statistics
+
+    def observe_inputs(self, layers: Sequence[Layer]) -> dict[str, LayerStatistics]:
+        """Sum up what several layers read, by layer name, in one pass over the data; answers are left out."""
+        generator = torch.Generator().manual_seed(self.seed)
+        device = device_of(self.network)
+        found = {layer.name: LayerStatistics(layer.inputs * layer.taps, 0, device) for layer in layers}
+        samples = 0
+
+        def take(layer: Layer, read: _Read) -> None:
+            z = read.z.narrow(_units_on(read.z, layer), 0, 0)
+            self._add(found[layer.name], read, z, layer, samples, generator)
+
+        with evaluating(self.network):
+            for index, batch in enumerate(self.task.batches()):
+                samples = samples_in(batch)
+                self._run(self.network, layers, take, batch, index)
+        for layer in layers:
+            self._check(found[layer.name], layer)
+        return found
+
+    def _check(self, statistics: LayerStatistics, layer: Layer) -> None:
         if not statistics.is_finite():
             raise InputError(
                 f"task {self.task.name!r}, layer {layer.name!r}: its inputs or outputs are NaN or infinite on the data."
             )
-        return statistics
 
     def _reads(self, model: nn.Module, layer: Layer, batch: Batch, index: int) -> Sequence[_Read]:
-        recorder = _Recorder(model.get_parameter(layer.weight), layer.calls)
+        reads: list[_Read] = []
+
+        def keep(layer: Layer, read: _Read) -> None:
+            last = len(reads) + 1 == layer.calls
+            reads.append(read if last else read._replace(x=read.x.clone(), z=read.z.clone()))
+
+        self._run(model, [layer], keep, batch, index)
+        return reads
+
+    def _run(
+        self, model: nn.Module, layers: Sequence[Layer], take: Callable[[Layer, _Read], None], batch: Batch, index: int
+    ) -> None:
+        """Run a batch as far as these layers."""
+        recorder = _Recorder({id(model.get_parameter(layer.weight)): layer for layer in layers}, take)
         try:
             with recorder:
                 run_batch(self.task, model, batch, index)
         except _Reached:
-            return recorder.reads
+            return
+        layer, left = next((layer, recorder.left[layer.name]) for layer in layers if recorder.left[layer.name])
         raise GraphError(
-            f"task {self.task.name!r}, layer {layer.name!r}: called {len(recorder.reads)} times on batch {index}, but "
+            f"task {self.task.name!r}, layer {layer.name!r}: called {layer.calls - left} times on batch {index}, but "
             f"{layer.calls} times in the exported graph: the forward must be the same on every batch."
         )
 
@@ -206,12 +246,13 @@ class Observer:
     ) -> None:
         x, z = _at_least_float32(read.x), _at_least_float32(z)
         if read.slide is None:
-            rows, answers = x.reshape(-1, x.shape[-1]), z.reshape(-1, z.shape[-1])
+            rows = x.reshape(-1, x.shape[-1])
+            answers = z.reshape(len(rows), z.shape[-1])
             for kept, weight in self._choose(len(rows), layer, samples, generator):
                 statistics.update(rows[kept], answers[kept], weight)
         else:
             patches = _windows(x, layer.kernel, **read.slide)
-            channel = z.dim() - len(layer.kernel) - 1
+            channel = _units_on(z, layer)
             at = z.movedim(channel, -1) if channel else z.movedim(0, -1)[None]
             places = at.shape[:-1]
             for kept, weight in self._choose(math.prod(places), layer, samples, generator):
@@ -228,6 +269,11 @@ class Observer:
         kept = torch.arange(rows) if wanted == rows else torch.randperm(rows, generator=generator)[:wanted]
         for chunk in kept.split(max(1, _CHUNK_ELEMENTS // columns)):
             yield chunk, rows / wanted
+
+
+def _units_on(z: Tensor, layer: Layer) -> int:
+    """Along which dimension of a layer's output its units lie."""
+    return z.dim() - 1 - len(layer.kernel)
 
 
 def _windows(x: Tensor, kernel: tuple[int, ...], stride: Any, padding: Any, dilation: Any) -> Tensor:

@@ -6,14 +6,17 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal
 
+from taskzip.correspondence import Layers
 from taskzip.errors import InputError
 from taskzip.matching import Matching
 from taskzip.observation import MaxRows
 from taskzip.plan import SharePlan, as_plan
 from taskzip.randomness import checked_seed
 from taskzip.retraining import Retraining
+
+Residual = Literal["coupled", "independent"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,9 @@ class Settings:
     balance: tuple[float, ...]
     matching: Matching
     compensate: bool
+    residual: Residual
+    aligned: bool | None
+    layers: Layers | None
     damping: float
     ridge: float
     max_rows: MaxRows
@@ -38,6 +44,9 @@ class Settings:
             "balance": list(self.balance),
             "matching": self.matching,
             "compensate": self.compensate,
+            "residual": self.residual,
+            "aligned": self.aligned,
+            "layers": dict(self.layers) if isinstance(self.layers, Mapping) else self.layers,
             "damping": self.damping,
             "ridge": self.ridge,
             "max_rows": self.max_rows,
@@ -53,6 +62,9 @@ def read_settings(
     balance: float | Sequence[float] | Mapping[str, float] | None,
     matching: Matching,
     compensate: bool,
+    residual: Residual,
+    aligned: bool | None,
+    layers: Layers | None,
     damping: float,
     ridge: float,
     max_rows: MaxRows,
@@ -69,6 +81,9 @@ def read_settings(
         _balance(names, balance),
         _one_of("matching", matching, ("optimal", "greedy", "random")),
         _one_of("compensate", compensate, (True, False)),
+        _one_of("residual", residual, ("coupled", "independent")),
+        _one_of("aligned", aligned, (None, True, False)),
+        layers if isinstance(layers, Mapping) else _one_of("layers", layers, (None, "order", "name")),
         _not_negative("damping", damping),
         _not_negative("ridge", ridge),
         _max_rows(max_rows),

@@ -41,6 +41,7 @@ def assert_orders_hold(
     *,
     free: Sequence[str] = (),
     pinned: Mapping[str, str] | None = None,
+    partly: Mapping[str, str] | None = None,
     moves: Mapping[str, int] | None = None,
     forward: Forward = call,
     orders: int = 2,
@@ -51,6 +52,7 @@ def assert_orders_hold(
         model, batch, forward: as for `analyse`; floats are made float64, and what is initialised to 0 or 1 is drawn.
         free: layers whose units must all be free.
         pinned: layers that must be pinned, each with a part of the reason.
+        partly: layers that can be shared in a special way, each with what is printed of it after "yes".
         moves: names of tensors, each with an axis, all of whose indices must be able to move.
         orders: how many random orders to try.
     """
@@ -70,12 +72,12 @@ def assert_orders_hold(
 
     for name in free:
         layer = structure.layer(name)
-        assert layer.pinned == "" and layer.space is not None, f"{name} is pinned\n{structure}"
-        rows = structure.spaces[layer.space].positions(structure.axes[layer.weight][0])
-        assert rows.shape == (layer.units, 1), f"{name} is not all of its space\n{structure}"
+        assert structure.sharing(layer) == "yes", f"{name} is pinned\n{structure}"
     for name, reason in (pinned or {}).items():
         found = structure.layer(name)
-        assert reason in found.pinned and found.pinned and found.space is None, f"{name}\n{structure}"
+        assert reason in found.pinned and found.pinned and not found.spaces, f"{name}\n{structure}"
+    for name, how in (partly or {}).items():
+        assert structure.sharing(structure.layer(name)) == f"yes, {how}", f"{name}\n{structure}"
     for name, dim in (moves or {}).items():
         assert movable(structure, name, dim).all(), f"{name} does not move along axis {dim}\n{structure}"
     return structure

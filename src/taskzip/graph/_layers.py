@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,7 @@ class Reading:
         units, inputs, *kernel = shape_of(first.weight)
         columns = None if first.reads is None else self._units.roots(first.reads)
         entangled = self._entangled(weight)
-        pinned = entangled or self._pinned(weight)
+        pinned = entangled or self._pinned(weight, space_of)
         return Layer(
             name=weight.removesuffix(".weight"),
             weight=weight,
@@ -74,7 +75,8 @@ class Reading:
             inputs=inputs,
             kernel=tuple(kernel),
             calls=len(uses),
-            space=None if pinned else space_of[self._kinds(weight)[0]],
+            rows=self._rows(weight),
+            spaces=() if pinned else tuple(space_of[kind] for kind in self._kinds(weight) if kind in space_of),
             columns=columns,
             reads_input=all(call.raw for call in uses) and columns is None,
             pinned=pinned,
@@ -96,28 +98,16 @@ class Reading:
                     return f"its {'weight' if name == weight else 'bias'} is also read by {self._describe(reader)}"
         return ""
 
-    def _pinned(self, weight: str) -> str:
-        """Why the units of a layer cannot be paired with another network's, or ""."""
-        rows, kinds, first = self._rows(weight), self._kinds(weight), self._uses[weight][0]
+    def _pinned(self, weight: str, space_of: Mapping[int, int]) -> str:
+        """Why none of the units of a layer can be paired with another network's, or ""."""
+        rows, kinds = self._rows(weight), self._kinds(weight)
         if len(rows) == 0:
             return "a single unit"
-        if first.groups > 1:
+        if self._uses[weight][0].groups > 1:
             return "a grouped convolution"
-        if PINNED in kinds:
-            return self._units.reason(rows)
-        if len(np.unique(rows)) < len(rows):
-            return "its units move only together"
-        if len(kinds) > 1:
-            return "its units are used in different ways"
-        weights = list(self._uses)
-        for other in weights:
-            if other != weight and self._uses[other][0].groups == 1 and kinds[0] in self._kinds(other):
-                return f"has the same units as {other.removesuffix('.weight')}"
-        for other in weights[: weights.index(weight)]:
-            reads = self._uses[other][0].reads
-            if reads is not None and kinds[0] in self._units.classes(reads):
-                return f"{other.removesuffix('.weight')} reads its units before it has run"
-        return ""
+        if any(kind in space_of for kind in kinds):
+            return ""
+        return self._units.reason(rows) or "its units move only together"
 
     def _batch_norm(self, uses: list[Call]) -> BatchNormNames | None:
         """The batch-norm over a layer's units, if that is all that reads them and its statistics can be set."""
@@ -143,7 +133,8 @@ class Reading:
         return np.empty(0, np.int64) if rows is None else rows
 
     def _kinds(self, weight: str) -> list[int]:
-        return np.unique(self._units.classes(self._rows(weight))).tolist()
+        kinds, first = np.unique(self._units.classes(self._rows(weight)), return_index=True)
+        return kinds[np.argsort(first)].tolist()
 
     def _describe(self, reader: Node) -> str:
         """The layer of which a node is a call, or else its op."""

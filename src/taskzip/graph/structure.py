@@ -45,10 +45,11 @@ class Layer:
         units, inputs: rows and columns of the weight (for a convolution: kernels and input channels).
         kernel: the taps, `()` for a linear layer.
         calls: how many times one forward pass uses the weight.
-        space: index of the space that its rows are, or None where they cannot move.
+        rows: per row, the unit that it computes; a unit may be many rows (an attention head).
+        spaces: the spaces in which its rows lie; none where they cannot be shared.
         columns: per input, the unit that it reads, or None where the inputs are in a fixed order.
         reads_input: whether its inputs are those of the network, in a fixed order.
-        pinned: why the rows cannot be shared, or "".
+        pinned: why none of the rows can be shared, or "".
         solvable: whether a unit reads all inputs, so that least squares can solve for its weights.
         batch_norm: the batch-norm that is all that reads this layer, if any.
     """
@@ -61,7 +62,8 @@ class Layer:
     inputs: int
     kernel: tuple[int, ...]
     calls: int
-    space: int | None
+    rows: Ids
+    spaces: tuple[int, ...]
     columns: Ids | None
     reads_input: bool
     pinned: str
@@ -129,11 +131,31 @@ class Structure:
                     index[positions.ravel()] = positions[np.asarray(order)].ravel()
                     _permute(tensors[name], dim, index)
 
+    def parts(self, layer: Layer) -> dict[int, np.ndarray]:
+        """The rows of a layer by the space in which they lie: [units, rows of each unit]."""
+        return {space: self.spaces[space].positions(layer.rows) for space in layer.spaces}
+
+    def sharing(self, layer: Layer) -> str:
+        """Whether a layer can be shared, for a person: yes, in part, as heads, or why not."""
+        if layer.pinned:
+            return layer.pinned
+        said = []
+        for part in self.parts(layer).values():
+            whole = len(layer.spaces) == 1 and part.size == layer.units
+            if part.shape[1] > 1:
+                said.append(f"{part.shape[0]} units of {part.shape[1]} rows")
+            elif not whole:
+                said.append(f"{part.shape[0]} units")
+        free = sum(part.size for part in self.parts(layer).values())
+        if free < layer.units:
+            said.append(f"{layer.units - free} fixed")
+        return ", ".join(["yes", *said])
+
     def __str__(self) -> str:
         rows = [("layer", "kind", "units", "reads", "space", "shareable")]
         for layer in self.layers:
-            space = "-" if layer.space is None else f"s{layer.space}"
-            rows.append((layer.name, layer.form, str(layer.units), _reads(self, layer), space, layer.pinned or "yes"))
+            spaces = " ".join(f"s{space}" for space in layer.spaces) or "-"
+            rows.append((layer.name, layer.form, str(layer.units), _reads(self, layer), spaces, self.sharing(layer)))
         return _table(rows)
 
 

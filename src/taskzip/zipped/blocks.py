@@ -33,9 +33,13 @@ class RowSpec:
 
 @dataclass(frozen=True)
 class BlocksSpec:
-    """How one task's weight is put together: groups of rows, one below the other. Plain data, for the checkpoint."""
+    """How one task's weight is put together: groups of rows one below the other, then in the order of the task's units.
+
+    Plain data, for the checkpoint.
+    """
 
     rows: tuple[RowSpec, ...]
+    order: tuple[int, ...] | None = None
 
     @property
     def dense_shape(self) -> tuple[int, ...]:
@@ -60,7 +64,8 @@ class BlocksSpec:
                     None if row["order"] is None else tuple(row["order"]),
                 )
                 for row in d["rows"]
-            )
+            ),
+            None if d["order"] is None else tuple(d["order"]),
         )
 
 
@@ -76,14 +81,16 @@ class Blocks(nn.Module):
         for row in spec.rows:
             for block in row.blocks:
                 self.register_parameter(block.name, parameters[block.name])
-        for i, row in enumerate(spec.rows):
-            order = None if row.order is None else torch.tensor(row.order, device=next(self.parameters()).device)
+        for i, each in enumerate([*(row.order for row in spec.rows), spec.order]):
+            order = None if each is None else torch.tensor(each, device=next(self.parameters()).device)
             self.register_buffer(f"_order{i}", order, persistent=False)
 
     def forward(self) -> Tensor:
         """The dense weight, [units, inputs, *kernel], or the bias, [units]."""
         rows = [self._row(row, getattr(self, f"_order{i}")) for i, row in enumerate(self._spec.rows)]
-        return rows[0] if len(rows) == 1 else torch.cat(rows)
+        whole = rows[0] if len(rows) == 1 else torch.cat(rows)
+        order = getattr(self, f"_order{len(rows)}")
+        return whole if order is None else whole.index_select(0, order)
 
     def _row(self, row: RowSpec, order: Tensor | None) -> Tensor:
         blocks = [self._part(block) for block in row.blocks]

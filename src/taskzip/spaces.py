@@ -1,0 +1,110 @@
+"""Joint spaces: which spaces of several networks hold the same units.
+
+Where layers of two networks correspond, so do the spaces in which their units lie. A residual stream is a space into
+which several layers write: all of them need one order of its units (Sec. 3.7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from taskzip.correspondence import JointLayers
+from taskzip.members import Member
+
+
+@dataclass(frozen=True)
+class Part:
+    """The units of a joint layer that lie in one joint space.
+
+    Attributes:
+        joint: the joint space.
+        spaces: per task, the space.
+        rows: per task, the rows of each unit, [units, rows of a unit].
+    """
+
+    joint: int
+    spaces: Mapping[int, int]
+    rows: Mapping[int, np.ndarray]
+
+    @property
+    def units(self) -> int:
+        """How many units of it can be shared at most."""
+        return min(map(len, self.rows.values()))
+
+
+class JointSpaces:
+    """The joint spaces of a list of joint layers."""
+
+    def __init__(self, members: Sequence[Member], layers: Sequence[JointLayers]) -> None:
+        self._members = members
+        self._joint: dict[tuple[int, int], int] = {}
+        for layer in layers:
+            for spaces in self._met(layer):
+                self._unite(spaces)
+        self._writers: dict[int, list[int]] = {}
+        self._twisted = {joint for joint in self._joint.values() if self._is_twisted(joint)}
+        for index, layer in enumerate(layers):
+            for part in self.parts(layer):
+                self._writers.setdefault(part.joint, []).append(index)
+            for t, each in layer.items():
+                for joint in self._read(t, each.columns):
+                    if joint not in self._writers:
+                        self._twisted.add(joint)
+
+    @property
+    def streams(self) -> set[int]:
+        """The joint spaces that several joint layers write."""
+        return {joint for joint, writers in self._writers.items() if len(writers) > 1}
+
+    @property
+    def twisted(self) -> set[int]:
+        """The joint spaces of which no single layer can choose the order, as it is read before, or split elsewhere."""
+        return self._twisted
+
+    def members_of(self, joint: int) -> list[tuple[int, int]]:
+        """The (task, space) of a joint space."""
+        return [key for key, each in self._joint.items() if each == joint]
+
+    def parts(self, layer: JointLayers) -> list[Part]:
+        """The units of a joint layer by joint space, where at least two tasks have them."""
+        found: dict[int, dict[int, list[tuple[int, np.ndarray]]]] = {}
+        for t, each in layer.items():
+            for space, rows in self._members[t].structure.parts(each).items():
+                if (t, space) in self._joint:
+                    found.setdefault(self._joint[t, space], {}).setdefault(t, []).append((space, rows))
+        parts = []
+        for joint, tasks in found.items():
+            alone = {t: each[0] for t, each in tasks.items() if len(each) == 1}
+            height = next(iter(alone.values()))[1].shape[1] if alone else 0
+            alike = {t: each for t, each in alone.items() if each[1].shape[1] == height}
+            if len(alike) > 1:
+                parts.append(Part(joint, {t: s for t, (s, _) in alike.items()}, {t: r for t, (_, r) in alike.items()}))
+        return parts
+
+    def _met(self, layer: JointLayers) -> list[list[tuple[int, int]]]:
+        """The spaces of one joint layer that belong together: the first with the first, and so on."""
+        alike: list[list[tuple[int, int]]] = []
+        form = ""
+        for t, each in layer.items():
+            if each.spaces and (not alike or (each.form == form and len(each.spaces) == len(alike[0]))):
+                form = each.form
+                alike.append([(t, space) for space in each.spaces])
+        return [list(each) for each in zip(*alike, strict=True)] if len(alike) > 1 else []
+
+    def _unite(self, spaces: Sequence[tuple[int, int]]) -> None:
+        known = {self._joint[each] for each in spaces if each in self._joint}
+        joint = min(known, default=len(self._joint))
+        self._joint |= dict.fromkeys((*spaces, *(key for key, each in self._joint.items() if each in known)), joint)
+
+    def _is_twisted(self, joint: int) -> bool:
+        tasks = [t for t, _ in self.members_of(joint)]
+        return len(set(tasks)) < len(tasks)
+
+    def _read(self, task: int, columns: np.ndarray | None) -> set[int]:
+        if columns is None:
+            return set()
+        spaces = np.unique(self._members[task].structure.space_of(columns))
+        return {self._joint[task, space] for space in spaces.tolist() if (task, space) in self._joint}

@@ -1,0 +1,237 @@
+"""One turn of Algorithm 1: a layer of all tasks becomes one, as far as its units are shared."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from taskzip.alignment import JointInputs, align_inputs
+from taskzip.assembly import install_blocks
+from taskzip.correspondence import JointLayers
+from taskzip.curvature import LayerStatistics
+from taskzip.errors import InputError
+from taskzip.graph import OUTPUT, Layer
+from taskzip.joining import JointLayer, Pairing, TaskLayer
+from taskzip.members import Member, Owners
+from taskzip.ordering import stream_slots
+from taskzip.plan import Quota
+from taskzip.recalibration import batch_norm_statistics, least_squares
+from taskzip.settings import Settings
+from taskzip.spaces import JointSpaces, Part
+from taskzip.zipped import LayerRecord
+
+
+class Zipper:
+    """What stays the same from layer to layer."""
+
+    def __init__(self, members: Sequence[Member], layers: Sequence[JointLayers], settings: Settings) -> None:
+        self.members = members
+        self.settings = settings
+        self.spaces = JointSpaces(members, layers)
+        shares = any(self._quota(layer, parts).pairs for layer in layers if (parts := self.spaces.parts(layer)))
+        streams = self.spaces.streams if shares else set()
+        self.aligned = shares and (bool(streams) if settings.aligned is None else settings.aligned)
+        coupled = self.spaces.twisted | (streams if settings.residual == "coupled" else set()) if shares else set()
+        if coupled:
+            self._couple(layers, coupled)
+
+    def zip(self, layers: JointLayers) -> LayerRecord:
+        """One turn of Algorithm 1: what the layer reads, which units pair, their merged weights, the joint layer."""
+        members, settings, name = self.members, self.settings, layer_name(layers)
+        inputs, parts, obstacle = self._participants(layers)
+        quota = self._quota(layers, parts)
+        if obstacle and quota.pairs and name in settings.plan.named():
+            raise InputError(f"layer {name!r} cannot be shared ({obstacle}): leave it out of `share`.")
+        before = _size(members, layers)
+        sharing = set(inputs.layers) if parts and (quota.pairs or self.aligned) else set()
+
+        statistics = {t: _observe(members[t], x, settings, t in sharing) for t, x in layers.items()}
+        weights = {t: _compensated(members[t], x, statistics[t], settings) for t, x in layers.items()}
+        joints = self._join(layers, inputs, parts, statistics, weights, quota) if sharing else []
+        for joint in joints:
+            joint.write(weights)
+        for t, layer in layers.items():
+            _settle(members[t], layer, statistics[t], weights[t])
+        for part, joint in zip(parts, joints, strict=False):
+            self._place(part, joint)
+        shared = sum(joint.shared_rows() for joint in joints)
+        if shared:
+            groups = {t: _shared_rows(t, parts, joints) for t in inputs.layers}
+            install_blocks(members, inputs, groups)
+            for t in inputs.layers:
+                members[t].changed = True
+        note = "" if all(layer.pinned == OUTPUT for layer in layers.values()) else obstacle
+        return self._record(layers, shared, sum(joint.cost for joint in joints) if shared else 0.0, before, note)
+
+    def _quota(self, layers: JointLayers, parts: Sequence[Part]) -> Quota:
+        units = sum(part.units for part in parts) or min(layer.units for layer in layers.values())
+        return self.settings.plan.quota(layer_name(layers), units)
+
+    def _couple(self, layers: Sequence[JointLayers], coupled: Collection[int]) -> None:
+        """Put the units of residual streams into one order, and every network's own in the order of slots."""
+        sides = []
+        for t, member in enumerate(self.members):
+            own = {layer[t].name: layer[t] for layer in layers if t in layer and self.spaces.parts(layer)}
+            observer = member.observer(self.settings.max_rows, self.settings.seed)
+            seen = observer.observe_inputs(list(own.values()))
+            sides.append(
+                {name: self._side(t, x, member.weights(x), seen[name], normed=None) for name, x in own.items()}
+            )
+        slots = stream_slots(
+            self.members,
+            layers,
+            self.spaces,
+            coupled,
+            sides,
+            matching=self.settings.matching,
+            seed=self.settings.seed,
+        )
+        for member, found in zip(self.members, slots, strict=True):
+            for space, (joint, each) in found.items():
+                order = np.argsort(each)
+                member.place(space, joint, order, each[order])
+
+    def _participants(self, layers: JointLayers) -> tuple[JointInputs, list[Part], str]:
+        """The tasks whose layers share, the inputs they share, the units that can pair; or why there are none."""
+        obstacle = "" if len(layers) > 1 else "no other network has such a layer"
+        able: JointLayers = {}
+        for t, layer in layers.items():
+            first = next(iter(able.values()), layer)
+            if layer.pinned:
+                obstacle = obstacle or f"{self.members[t].task.name}: {layer.pinned}"
+            elif (layer.kind, layer.kernel) != (first.kind, first.kernel):
+                obstacle = obstacle or f"a {first.form} and a {layer.form} have no weights in common"
+            else:
+                able[t] = layer
+        parts = self.spaces.parts(able) if len(able) > 1 else []
+        if len(able) > 1 and not parts:
+            obstacle = "its units are used in different ways by the networks"
+        inputs = align_inputs(self.members, able)
+        if parts and not inputs.segments:
+            parts, obstacle = [], "no inputs in common (what it reads is not shared, or differs in size)"
+        return inputs, parts, "" if parts else obstacle
+
+    def _side(
+        self, task: int, layer: Layer, weights: Tensor, statistics: LayerStatistics, *, normed: bool | None
+    ) -> TaskLayer:
+        """A task's layer, free of its units' scale where batch-norm follows."""
+        if layer.batch_norm if normed is None else normed:
+            weights = weights / self.members[task].batch_norm_scale(layer)[:, None]
+        samples, balance = self.members[task].samples, self.settings.balance[task]
+        return TaskLayer(task, layer, weights, statistics, samples, balance, self.settings.damping)
+
+    def _join(
+        self,
+        layers: JointLayers,
+        inputs: JointInputs,
+        parts: Sequence[Part],
+        statistics: Mapping[int, LayerStatistics | None],
+        weights: Mapping[int, Tensor],
+        quota: Quota,
+    ) -> list[JointLayer]:
+        """Lines 4 to 9 of Algorithm 1, one task after another, for the units of each joint space by themselves."""
+        normed = all(layer.batch_norm for layer in inputs.layers.values())
+        sides = {
+            t: self._side(t, layer, weights[t], s, normed=normed)
+            for t, layer in inputs.layers.items()
+            if (s := statistics[t]) is not None
+        }
+        joints = []
+        for part, each in zip(parts, _divided(quota, [part.units for part in parts]), strict=True):
+            placed = all(space in self.members[t].slots for t, space in part.spaces.items())
+            own = placed and self.settings.residual == "independent" and part.joint not in self.spaces.twisted
+            slots = {t: self.members[t].slots[space][1] for t, space in part.spaces.items()} if placed else None
+            pairing = Pairing(each, self.settings.matching, self.settings.seed, self._is_aligned(part))
+            if own:
+                pairing, slots = replace(pairing, aligned=False), None
+            joint = JointLayer(sides, inputs, part.rows, pairing, slots)
+            if self.settings.compensate:
+                joint.match_spread()
+            joints.append(joint)
+        return joints
+
+    def _is_aligned(self, part: Part) -> bool:
+        return self.aligned or part.joint in self.spaces.streams
+
+    def _place(self, part: Part, joint: JointLayer) -> None:
+        """Put units into the order of the joint layer, most owners first, if no layer before has put them into one."""
+        if not (joint.shared_rows() or self._is_aligned(part)):
+            return
+        for t, space in part.spaces.items():
+            if space not in self.members[t].slots:
+                groups = sorted(joint.units_of(t).items(), key=lambda group: (-len(group[0]), group[0]))
+                order = torch.cat([units for _, units in groups]).cpu().numpy()
+                self.members[t].place(space, part.joint, order, joint.slots[t][order])
+                joint.reorder(t, order)
+
+    def _record(self, layers: JointLayers, shared: int, cost: float, before: int, note: str) -> LayerRecord:
+        """What happened to one layer; what a task does not have is ""."""
+        tasks = range(len(self.members))
+        names = tuple(layers[t].name if t in layers else "" for t in tasks)
+        units = tuple(layers[t].units if t in layers else 0 for t in tasks)
+        return LayerRecord(layer_name(layers), names, units, shared, cost, before, _size(self.members, layers), note)
+
+
+def layer_name(layers: JointLayers) -> str:
+    """What a joint layer is called: as the first network that has it calls it."""
+    return next(iter(layers.values())).name
+
+
+def _divided(quota: Quota, units: Sequence[int]) -> list[Quota]:
+    """A quota over parts of so many units, in proportion."""
+    ends = [round(quota.pairs * end / max(sum(units), 1)) for end in np.cumsum([0, *units])]
+    return [quota._replace(pairs=end - start) for start, end in itertools.pairwise(ends)]
+
+
+def _shared_rows(task: int, parts: Sequence[Part], joints: Sequence[JointLayer]) -> dict[Owners, np.ndarray]:
+    """Which rows of a task's layer, as they lie now, it shares with whom."""
+    found: dict[Owners, list[np.ndarray]] = {}
+    for part, joint in zip(parts, joints, strict=True):
+        for owners, units in joint.units_of(task).items() if task in part.rows else ():
+            if len(owners) > 1:
+                found.setdefault(owners, []).append(part.rows[task][units.cpu().numpy()].ravel())
+    return {owners: np.concatenate(rows) for owners, rows in found.items()}
+
+
+def _observe(member: Member, layer: Layer, settings: Settings, sharing: bool) -> LayerStatistics | None:
+    """Lines 2 and 3 of Algorithm 1, where anything is to be done with it."""
+    if not sharing and not _to_solve(member, layer, settings):
+        return None
+    # What the original network answers serves compensation and batch-norm only; else one forward pass is enough.
+    changed = member.changed and not layer.reads_input and bool(settings.compensate or layer.batch_norm)
+    observer = member.observer(settings.max_rows, settings.seed)
+    return observer.observe(layer, changed=changed, rows=member.original_rows(layer))
+
+
+def _to_solve(member: Member, layer: Layer, settings: Settings) -> bool:
+    """Whether compensation has anything to do: the layer's inputs may have changed."""
+    return settings.compensate and member.changed and layer.solvable and not layer.reads_input
+
+
+def _compensated(member: Member, layer: Layer, statistics: LayerStatistics | None, settings: Settings) -> Tensor:
+    weights = member.weights(layer)
+    if statistics is None or not _to_solve(member, layer, settings):
+        return weights
+    return least_squares(statistics, weights, settings.ridge, bias=layer.bias is not None)
+
+
+def _settle(member: Member, layer: Layer, statistics: LayerStatistics | None, weights: Tensor) -> None:
+    """Write a layer's new weights into the network, and let the batch-norm behind it follow."""
+    if statistics is None:
+        return
+    member.set_weights(layer, weights)
+    if layer.batch_norm:
+        mean, variance = member.batch_norm(layer)
+        m, v = batch_norm_statistics(statistics, weights, mean.double(), variance.double(), layer.batch_norm.eps)
+        mean.copy_(m)
+        variance.copy_(v)
+
+
+def _size(members: Sequence[Member], layers: JointLayers) -> int:
+    """Parameters of a layer in all networks, shared ones counted once."""
+    return sum(p.numel() for p in {p for t, x in layers.items() for p in members[t].parameters(x)})
