@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from taskzip.graph import Layer
@@ -87,6 +87,10 @@ class CommonInputs:
         if part.shape[1] == self.width:
             return part
         return rows.new_zeros(len(rows), self.width).index_copy(1, self.places(task).to(rows.device), part)
+
+    def real(self, task: int) -> Bool[Tensor, " width"]:
+        """Which of the common connections the task has; the others are fictive."""
+        return torch.zeros(self.width, dtype=torch.bool).index_fill_(0, self.places(task), True)
 
     def curvature(self, task: int, h: Float[Tensor, "d d"]) -> Float[Tensor, "width width"]:
         """A curvature over the task's common columns with zeros for fictive connections."""

@@ -6,7 +6,7 @@ each further task's units pair with units of any group, at the curvature that th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,7 @@ from taskzip.merging import merge_weights
 from taskzip.plan import Quota
 from taskzip.recalibration import match_spread
 from taskzip.slots import assign_slots, pair_in_slots
+from taskzip.sparsity import denser, support
 
 
 @dataclass(frozen=True)
@@ -250,6 +251,7 @@ class _Meeting:
         gathered = torch.stack([sides[t].curvature(common) for t in owners]).sum(0)
         self._curvatures = (gathered, sides[task].curvature(common))
         widest = max(range(len(owners)), key=lambda k: len(common.columns(owners[k])))
+        self._widest = owners[widest]
         rows = joint.weights[owners[widest]][joint._rows_of(owners[widest], self.units[:, widest])]
         own = joint.weights[task][joint._rows[task].flatten()]
         self._weights = (common.weights(owners[widest], rows), common.weights(task, own))
@@ -259,7 +261,16 @@ class _Meeting:
     def merged(self, joint: Tensor, new: Tensor) -> Tensor:
         """The common weights of pairs, [pairs * rows of a unit, common width]."""
         rows = [w.unflatten(0, (-1, self._height)) for w in self._weights]
-        return merge_weights([rows[0][joint].flatten(0, 1), rows[1][new].flatten(0, 1)], self._curvatures)
+        weights = [rows[0][joint].flatten(0, 1), rows[1][new].flatten(0, 1)]
+        return merge_weights(weights, self._curvatures, self._exists(weights))
+
+    def _exists(self, weights: Sequence[Tensor]) -> Tensor | None:
+        """Which connections merged units have: those of the task that has more of them (Sec. 3.6)."""
+        one, other = (support(w, bias=self.common.bias) for w in weights)
+        if one is None or other is None:
+            return None
+        real = [self.common.real(t) for t in (self._widest, self.task)]  # where a task has none, the other one decides
+        return denser([torch.where(real[0], one, other), torch.where(real[1], other, one)])
 
 
 def _without(units: Tensor, taken: Tensor) -> Tensor:

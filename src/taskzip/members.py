@@ -16,6 +16,7 @@ from taskzip.graph import Layer, Structure, analyse
 from taskzip.observation import MaxRows, Observer, evaluating, run_batch
 from taskzip.task import Batch, Task
 from taskzip.zipped.blocks import installed
+from taskzip.zipped.folding import fold, foldable
 
 Owners = tuple[int, ...]
 """The tasks that own a unit, by their numbers, ascending."""
@@ -33,12 +34,14 @@ class Member:
         task: what the caller gave; its model is read, never written.
         network: the working copy, zipped in place, in eval mode.
         structure: layers and spaces of the network.
+        original: the network that `network` should agree with: the caller's, or a copy with batch-norm folded.
+        folded: the batch-norms that were folded into the layers before them.
         samples: how many samples the calibration data hold.
         slots: per space that has been put into order, the joint space, and in which of its slots each unit stands.
         changed: whether anything upstream may differ from the original network.
     """
 
-    def __init__(self, task: Task, seed: int) -> None:
+    def __init__(self, task: Task, seed: int, *, fold_batch_norm: bool = False) -> None:
         self.task = task
         self._check_parameters()
         self.samples = task.check_data()
@@ -46,6 +49,8 @@ class Member:
         batch = next(task.batches())
         answers = self._first_answers(batch)
         self.structure = self._analyse(batch)
+        self.folded = foldable(self.network, self.structure.layers) if fold_batch_norm else []
+        self.original = self._fold(batch, answers) if self.folded else task.model
         self._check_orders(batch, answers, seed)
         self.slots: Slots = {}
         self._orders: dict[int, np.ndarray] = {}  # per space, which of the original's units stands in each place
@@ -72,6 +77,17 @@ class Member:
             return analyse(self.network, batch, self.task.run)
         except GraphError as error:
             raise GraphError(f"task {self.task.name!r}: {error}") from error
+
+    def _fold(self, batch: Batch, answers: Any) -> nn.Module:
+        """Fold batch-norms in the working copy, and read it again; a copy of it becomes the network to agree with."""
+        fold(self.network, self.folded)
+        self.structure = self._analyse(batch)
+        if not self._agrees((), (), batch, answers):
+            raise GraphError(
+                f"task {self.task.name!r}: with its batch-norms folded the network gives other outputs, so they do "
+                f"more than torch's own; zip with batch_norm='private'."
+            )
+        return copy.deepcopy(self.network)
 
     def _check_orders(self, batch: Batch, answers: Any, seed: int) -> None:
         """Re-order every space at random in a copy of the network: it must still give its own outputs.
@@ -105,7 +121,7 @@ class Member:
 
     def observer(self, max_rows: MaxRows, seed: int) -> Observer:
         """What reads layers of this task."""
-        return Observer(self.task, self.network, self.samples, max_rows, seed)
+        return Observer(self.task, self.network, self.original, self.samples, max_rows, seed)
 
     def weights(self, layer: Layer) -> Tensor:
         """All incoming weights of a layer as they are now, float64 [units, inputs * taps + 1], the bias last."""
@@ -129,6 +145,10 @@ class Member:
             if name is not None:
                 found += blocks[name].parameters() if name in blocks else [self.network.get_parameter(name)]
         return found
+
+    def connections(self) -> int:
+        """How many weights of its layers are not 0."""
+        return sum(int(self.network.get_parameter(x.weight).count_nonzero()) for x in self.structure.layers)
 
     def batch_norm(self, layer: Layer) -> tuple[Tensor, Tensor]:
         """Running mean and variance of the batch-norm behind a layer."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from taskzip.curvature import solve_symmetric
+from taskzip.sparsity import solve_on_support
 
 
 def merge_weights(
-    weights: Sequence[Float[Tensor, "units d"]], curvatures: Sequence[Float[Tensor, "d d"]]
+    weights: Sequence[Float[Tensor, "units d"]],
+    curvatures: Sequence[Float[Tensor, "d d"]],
+    exists: Bool[Tensor, "units d"] | None = None,
 ) -> Float[Tensor, "units d"]:
     """The weights that raise the tasks' summed layer error least: w = (sum H_t)^-1 (sum H_t w_t).
 
@@ -22,11 +24,14 @@ def merge_weights(
     Args:
         weights: per task, the incoming weights of the paired units, row p of every task belonging to one pair.
         curvatures: per task, H over the same d inputs, weighted by the balance and damped.
+        exists: the connections that the merged units have, where not all; the others are 0 (Sec. 3.6), and the error
+            is the least that is possible without them.
     """
-    first = weights[0]
+    first = weights[0] if exists is None else weights[0] * exists
     total = sum(curvatures[1:], start=curvatures[0])
     # w - w_1 = (sum H_t)^-1 sum H_t (w_t - w_1): one product less, and equal weights stay exactly what they are.
     pull = torch.zeros_like(first.mT)
-    for h, w in zip(curvatures[1:], weights[1:], strict=True):
-        pull += h @ (w - first).mT
-    return first + solve_symmetric(total, pull).mT
+    for h, w in zip(curvatures, weights, strict=True):
+        if w is not first:
+            pull += h @ (w - first).mT
+    return first + solve_on_support(total, pull, exists).mT

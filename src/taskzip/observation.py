@@ -151,10 +151,11 @@ def run_batch(task: Task, model: nn.Module, batch: Batch, index: int) -> Any:
 
 @dataclass(frozen=True)
 class Observer:
-    """Reads layers of one task: `network` as zipped so far, against the answers of the task's original network."""
+    """Reads layers of one task: `network` as zipped so far, against the answers of the `original` one."""
 
     task: Task
     network: nn.Module
+    original: nn.Module
     samples: int
     max_rows: MaxRows
     seed: int
@@ -172,10 +173,10 @@ class Observer:
         """
         generator = torch.Generator().manual_seed(self.seed)
         statistics = LayerStatistics(layer.inputs * layer.taps, layer.units, device_of(self.network))
-        with evaluating(self.network, self.task.model):
+        with evaluating(self.network, self.original):
             for index, batch in enumerate(self.task.batches()):
                 reads = self._reads(self.network, layer, batch, index)
-                answers = self._reads(self.task.model, layer, batch, index) if changed else reads
+                answers = self._reads(self.original, layer, batch, index) if changed else reads
                 for read, answer in zip(reads, answers, strict=True):
                     z = answer.z
                     if changed and rows is not None:

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from taskzip.curvature import LayerStatistics, damped, solve_symmetric
+from taskzip.curvature import LayerStatistics, damped
+from taskzip.sparsity import solve_on_support, support
 
 _ROUNDING = 1e-9
 """Corrections below this, relative to a unit's spread, are rounding: units that agree stay exactly as they are."""
@@ -26,14 +27,15 @@ def least_squares(
 
     Args:
         statistics: the sums over changed inputs x and original answers z.
-        weights: the present weights, towards which the ridge pulls.
+        weights: the present weights, towards which the ridge pulls; those that are 0 stay 0 (Sec. 3.6).
         ridge: its strength, relative to the mean square of the inputs.
         bias: whether the layer has a bias; without one the last column stays as it is, zero.
     """
     d = weights.shape[1] if bias else weights.shape[1] - 1
     gram, cross = statistics.gram[:d, :d], statistics.cross[:d]
     pull = ridge * gram.diagonal().mean()
-    solved = solve_symmetric(damped(gram, ridge), cross + pull * weights[:, :d].mT)
+    exists = support(weights[:, :d], bias=bias)
+    solved = solve_on_support(damped(gram, ridge), cross + pull * weights[:, :d].mT, exists)
     return torch.cat([solved.mT, weights[:, d:]], dim=1)
 
 

@@ -99,6 +99,7 @@ class Retraining:
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1)) if own else None
         teachers = [task.model for task in tasks] if self.loss == "distill" else []
         losses = []
+        missing = [(p, p == 0) for p in zipped.layer_weights() if p.requires_grad and 0 < p.count_nonzero() < p.numel()]
         with (
             seeded(seed),
             in_eval_mode(*teachers),
@@ -111,6 +112,9 @@ class Retraining:
                 optimizer.zero_grad(set_to_none=True)
                 now = self._backward(zipped, tasks, [next(stream) for stream in streams], step)
                 optimizer.step()
+                with torch.no_grad():
+                    for weight, zeros in missing:
+                        weight.masked_fill_(zeros, 0)
                 if schedule is not None:
                     schedule.step()
                 losses.append(now)
@@ -168,7 +172,8 @@ def retrain(
 
     Every step draws one batch per task and steps on the sum of the tasks' losses, weighted by the balance of `zip`. The
     networks run in eval mode: dropout is off, and batch-norm uses its running statistics, which stay as they are
-    (`batch_norm="frozen"`; its scale and shift are trained) or follow the batches (`"update"`).
+    (`batch_norm="frozen"`; its scale and shift are trained) or follow the batches (`"update"`). Weights that are
+    exactly 0 are missing connections and stay 0 (Sec. 3.6).
 
     Args:
         zipped: the joint network.

@@ -17,6 +17,7 @@ from taskzip.randomness import checked_seed
 from taskzip.retraining import Retraining
 
 Residual = Literal["coupled", "independent"]
+Norms = Literal["private", "fold"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Settings:
     compensate: bool
     residual: Residual
     aligned: bool | None
+    batch_norm: Norms
     layers: Layers | None
     damping: float
     ridge: float
@@ -46,6 +48,7 @@ class Settings:
             "compensate": self.compensate,
             "residual": self.residual,
             "aligned": self.aligned,
+            "batch_norm": self.batch_norm,
             "layers": dict(self.layers) if isinstance(self.layers, Mapping) else self.layers,
             "damping": self.damping,
             "ridge": self.ridge,
@@ -64,6 +67,7 @@ def read_settings(
     compensate: bool,
     residual: Residual,
     aligned: bool | None,
+    batch_norm: Norms,
     layers: Layers | None,
     damping: float,
     ridge: float,
@@ -83,6 +87,7 @@ def read_settings(
         _one_of("compensate", compensate, (True, False)),
         _one_of("residual", residual, ("coupled", "independent")),
         _one_of("aligned", aligned, (None, True, False)),
+        _one_of("batch_norm", batch_norm, ("private", "fold")),
         layers if isinstance(layers, Mapping) else _one_of("layers", layers, (None, "order", "name")),
         _not_negative("damping", damping),
         _not_negative("ridge", ridge),

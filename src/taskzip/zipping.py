@@ -15,7 +15,7 @@ from taskzip.observation import MaxRows
 from taskzip.plan import SharePlan
 from taskzip.randomness import seeded
 from taskzip.retraining import Retraining
-from taskzip.settings import Residual, Settings, read_settings
+from taskzip.settings import Norms, Residual, Settings, read_settings
 from taskzip.task import Task
 from taskzip.zipped import ZippedModel
 from taskzip.zipper import Zipper, layer_name
@@ -30,6 +30,7 @@ def zip_tasks(
     compensate: bool = True,
     residual: Residual = "coupled",
     aligned: bool | None = None,
+    batch_norm: Norms = "private",
     layers: Layers | None = None,
     damping: float = 1e-2,
     ridge: float = 1e-3,
@@ -62,6 +63,9 @@ def zip_tasks(
         aligned: whether a later layer shares its weights over all inputs, as if all units of the layer before it were
             paired (Sec. 3.7), or only over inputs whose units share their weights. Default: where there are residual
             streams, which need one order of their units anyway.
+        batch_norm: "private": every task keeps its own, and its statistics follow the merged weights (design 2.4);
+            "fold": it becomes part of the layer before it, so that fully shared layers are common to all tasks. One
+            that does not directly follow a layer stays private.
         layers: which layers belong together: "order", "name", or a dict from the first task's layers to those of the
             second, or to dicts by task name. Default: by order where the networks have equally many, else by name.
             A layer without a partner stays private.
@@ -90,6 +94,7 @@ def zip_tasks(
         compensate=compensate,
         residual=residual,
         aligned=aligned,
+        batch_norm=batch_norm,
         layers=layers,
         damping=damping,
         ridge=ridge,
@@ -103,13 +108,17 @@ def zip_tasks(
 
 def _zip(tasks: Sequence[Task], settings: Settings, progress: bool) -> ZippedModel:
     """Algorithm 1: layer by layer, each from inputs computed by the networks as zipped so far."""
-    members = [Member(task, settings.seed) for task in tasks]
+    members = [Member(task, settings.seed, fold_batch_norm=settings.batch_norm == "fold") for task in tasks]
     layers = correspond([task.name for task in tasks], [m.structure.layers for m in members], settings.layers)
     _check_names("share", settings.plan.named(), layers)
     _check_names("retrain", settings.retraining.named(), layers)
     settings.retraining.check(tasks)
     zipped = ZippedModel({member.task.name: member.network for member in members})
-    zipped.history.settings = settings.as_dict() | {"samples": {m.task.name: m.samples for m in members}}
+    zipped.history.settings = settings.as_dict() | {
+        "samples": {m.task.name: m.samples for m in members},
+        "folded": {m.task.name: m.folded for m in members},
+        "connections": {m.task.name: m.connections() for m in members},
+    }
     with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
         todo = bar.add_task("putting residual streams into order", total=len(layers))
         zipper = Zipper(members, layers, settings)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from taskzip.errors import CheckpointError
 from taskzip.zipped.blocks import Blocks, BlocksSpec, install, installed, original_class, spec_of
+from taskzip.zipped.folding import forget_batch_norms
 from taskzip.zipped.model import History, ZippedModel
 
 FORMAT = 1
@@ -30,9 +31,12 @@ def save(zipped: ZippedModel, path: str | Path) -> None:
         CheckpointError: the file cannot be written; whatever stood at `path` before still stands.
     """
     tensors, aliases = _once(zipped)
+    folded = zipped.history.settings.get("folded", {})
     about = {
         "format": FORMAT,
-        "tasks": {name: _structure_of(network) for name, network in zipped.tasks.items()},
+        "tasks": {
+            name: _structure_of(network) | {"folded": folded.get(name, [])} for name, network in zipped.tasks.items()
+        },
         "aliases": aliases,
         "history": zipped.history.as_dict(),
     }
@@ -86,9 +90,14 @@ def _build(
         raise CheckpointError(
             f"{path} holds the tasks {', '.join(about['tasks'])}, but networks were given for {given}."
         )
-    for name in about["tasks"]:
-        _check_fit(path, name, networks[name], about["tasks"][name])
-    joint = {name: _skeleton(networks[name], structure) for name, structure in about["tasks"].items()}
+    joint = {}
+    for name, structure in about["tasks"].items():
+        network = _borrowed(networks[name])
+        known = dict(network.named_modules())
+        if all(layer in known and norm in known for layer, norm in structure["folded"]):
+            forget_batch_norms(network, structure["folded"])
+        _check_fit(path, name, network, structure)
+        joint[name] = _skeleton(network, structure)
     zipped = ZippedModel(joint, History.from_dict(about["history"]))
     _fill(zipped, tensors, about["aliases"], {name: _device(networks[name]) for name in joint})
     return zipped.eval()
@@ -164,19 +173,23 @@ def _shape(shape: list[int] | None) -> str:
     return "absent" if shape is None else "x".join(map(str, shape)) or "a scalar"
 
 
-def _skeleton(network: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
-    """A copy of a network with blocks in the right places; its tensors are borrowed until `_fill` replaces them all."""
+def _borrowed(network: nn.Module) -> nn.Module:
+    """A copy of a network whose tensors are borrowed until `_fill` replaces them all."""
     kept = {id(tensor): tensor for tensor in network.state_dict(keep_vars=True).values()}
-    skeleton = copy.deepcopy(network, kept)
+    return copy.deepcopy(network, kept)
+
+
+def _skeleton(network: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
+    """The network with blocks in the right places, in place."""
     for name, spec in structure["blocks"].items():
         blocks = BlocksSpec.from_dict(spec)
         empty = {
-            b.name: nn.Parameter(torch.empty(b.shape), skeleton.get_parameter(name).requires_grad)
+            b.name: nn.Parameter(torch.empty(b.shape), network.get_parameter(name).requires_grad)
             for row in blocks.rows
             for b in row.blocks
         }
-        install(skeleton, name, Blocks(blocks, empty))
-    return skeleton
+        install(network, name, Blocks(blocks, empty))
+    return network
 
 
 def _fill(

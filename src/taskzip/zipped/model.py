@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from taskzip.errors import InputError
-from taskzip.zipped.blocks import densify
+from taskzip.zipped.blocks import densify, installed
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,21 @@ class ZippedModel(nn.Module):
             raise InputError(f"no task {sorted(unknown)[0]!r} in this network: it has {', '.join(self.tasks)}.")
         chosen = self.tasks if tasks is None else tasks
         return sum({p: p.numel() for name in chosen for p in self.tasks[name].parameters()}.values())
+
+    def layer_weights(self) -> list[nn.Parameter]:
+        """The weights of all layers, biases left out, each once: dense ones of private layers, or blocks."""
+        found: dict[nn.Parameter, None] = {}
+        for task, network in enumerate(self.tasks.values()):
+            blocks, parameters = installed(network), dict(network.named_parameters(remove_duplicate=False))
+            for name in (layer.names[task] for layer in self.history.layers):
+                weight = name if name in blocks or name in parameters else f"{name}.weight"
+                own = blocks[weight].parameters() if weight in blocks else [parameters[weight]] if name else []
+                found |= dict.fromkeys(own)
+        return list(found)
+
+    def connection_count(self) -> int:
+        """Weights of the layers that are not 0: a zero is a missing connection (Sec. 3.6)."""
+        return sum(int(weight.count_nonzero()) for weight in self.layer_weights())
 
     def shared_parameter_count(self) -> int:
         """Parameters that more than one task uses."""

@@ -44,6 +44,12 @@ def summary_table(zipped: ZippedModel) -> str:
     Console(file=out, width=WIDTH).print(table)
     lines = [line.rstrip() for line in out.getvalue().splitlines()]
     notes = [_wrapped(f"{r.name} stays private ({r.note}).") for r in zipped.history.layers if r.note]
+    missing = sum(p.numel() for p in zipped.layer_weights()) - zipped.connection_count()
+    if missing:
+        apart = sum(zipped.history.settings["connections"].values())
+        notes.insert(
+            0, _wrapped(f"{apart:,} connections apart, {zipped.connection_count():,} together (weights not 0).")
+        )
     head = _wrapped(f"{' + '.join(zipped)}: {before:,} parameters apart, {after:,} together")
     return "\n".join([head, *[line for line in lines if line], *notes])
 

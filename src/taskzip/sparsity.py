@@ -1,0 +1,51 @@
+"""Missing connections: the exact zeros of pruned networks stay zeros (Sec. 3.6).
+
+Nothing marks a network as pruned: a weight that is exactly 0 is a connection that does not exist. Biases always do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from taskzip.curvature import solve_symmetric
+
+
+def support(weights: Float[Tensor, "units d"], *, bias: bool) -> Bool[Tensor, "units d"] | None:
+    """Which connections exist; None where all do. With `bias`, the last column does in any case."""
+    exists = weights != 0
+    if bias:
+        exists[:, -1] = True
+    return None if exists.all() else exists
+
+
+def denser(supports: Sequence[Bool[Tensor, "units d"] | None]) -> Bool[Tensor, "units d"] | None:
+    """Of units that become one, the support with more connections; None where that is all of them."""
+    if any(each is None for each in supports):
+        return None
+    first, *others = (each for each in supports if each is not None)
+    for other in others:
+        first = torch.where((other.sum(1) > first.sum(1))[:, None], other, first)
+    return None if first.all() else first
+
+
+def solve_on_support(
+    h: Float[Tensor, "d d"], right: Float[Tensor, "d k"], exists: Bool[Tensor, "k d"] | None
+) -> Float[Tensor, "d k"]:
+    """H^-1 right, column by column over the connections that exist, 0 elsewhere.
+
+    Column k minimises 1/2 w^T H w - w^T right among all w with that support.
+    """
+    if exists is None:
+        return solve_symmetric(h, right)
+    solved = torch.zeros_like(right)
+    whole = exists.all(1)
+    if whole.any():
+        solved[:, whole] = solve_symmetric(h, right[:, whole])
+    for k in (~whole).nonzero().flatten().tolist():
+        places = exists[k].nonzero().flatten()
+        solved[places, k] = solve_symmetric(h[places[:, None], places], right[places, k, None])[:, 0]
+    return solved
