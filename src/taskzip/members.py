@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from taskzip.answers import Answers
 from taskzip.errors import GraphError, InputError
 from taskzip.graph import Layer, Structure, analyse
 from taskzip.observation import MaxRows, Observer, evaluating, run_batch
@@ -39,6 +40,7 @@ class Member:
         samples: how many samples the calibration data hold.
         slots: per space that has been put into order, the joint space, and in which of its slots each unit stands.
         changed: whether anything upstream may differ from the original network.
+        answers: what the original network answers, as far as it is remembered, which it is once `surveyed`.
     """
 
     def __init__(self, task: Task, seed: int, *, fold_batch_norm: bool = False) -> None:
@@ -55,6 +57,8 @@ class Member:
         self.slots: Slots = {}
         self._orders: dict[int, np.ndarray] = {}  # per space, which of the original's units stands in each place
         self.changed = False
+        self.answers = Answers()
+        self.surveyed = False
 
     def _first_answers(self, batch: Batch) -> Any:
         with evaluating(self.network):
@@ -121,7 +125,7 @@ class Member:
 
     def observer(self, max_rows: MaxRows, seed: int) -> Observer:
         """What reads layers of this task."""
-        return Observer(self.task, self.network, self.original, self.samples, max_rows, seed)
+        return Observer(self.task, self.network, self.original, self.samples, max_rows, seed, self.answers)
 
     def weights(self, layer: Layer) -> Tensor:
         """All incoming weights of a layer as they are now, float64 [units, inputs * taps + 1], the bias last."""

@@ -7,7 +7,7 @@ a convolution, so that padding, stride and functional calls need no rules of the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from taskzip.answers import Answers
 from taskzip.curvature import LayerStatistics
 from taskzip.errors import GraphError, InputError
 from taskzip.graph import Layer
@@ -159,6 +160,7 @@ class Observer:
     samples: int
     max_rows: MaxRows
     seed: int
+    answers: Answers
 
     def observe(self, layer: Layer, *, changed: bool, rows: Tensor | None = None) -> LayerStatistics:
         """Sum up what `layer` reads, and what the original network answers there.
@@ -175,33 +177,48 @@ class Observer:
         statistics = LayerStatistics(layer.inputs * layer.taps, layer.units, device_of(self.network))
         with evaluating(self.network, self.original):
             for index, batch in enumerate(self.task.batches()):
+                recalled = self.answers.recall(layer.name, batch, index) if changed else None
                 reads = self._reads(self.network, layer, batch, index)
-                answers = self._reads(self.original, layer, batch, index) if changed else reads
-                for read, answer in zip(reads, answers, strict=True):
-                    z = answer.z
-                    if changed and rows is not None:
-                        z = z.index_select(_units_on(z, layer), rows.to(z.device))
-                    self._add(statistics, read, z, layer, samples_in(batch), generator)
+                others = self._reads(self.original, layer, batch, index) if changed and recalled is None else reads
+                chunks = iter(recalled or ())
+                for read, other in zip(reads, others, strict=True):
+                    inputs, outputs = _inputs(read, layer), _outputs(other, layer)
+                    for where, weight in self._choose(outputs.shape[:-1], layer, samples_in(batch), generator):
+                        z = next(chunks) if recalled else outputs[where]
+                        z = z[:, rows.to(z.device)] if changed and rows is not None else z
+                        statistics.update(inputs[where].flatten(1), z, weight)
         self._check(statistics, layer)
         return statistics
 
-    def observe_inputs(self, layers: Sequence[Layer]) -> dict[str, LayerStatistics]:
-        """Sum up what several layers read, by layer name, in one pass over the data; answers are left out."""
-        generator = torch.Generator().manual_seed(self.seed)
-        device = device_of(self.network)
-        found = {layer.name: LayerStatistics(layer.inputs * layer.taps, 0, device) for layer in layers}
+    def survey(self, layers: Sequence[Layer], wanted: Collection[str]) -> dict[str, LayerStatistics]:
+        """Remember what the original network answers in these layers, in one pass over the data.
+
+        Args:
+            layers: of the network.
+            wanted: names of those whose inputs are to be summed up, too, without their answers.
+        """
+        generators = {layer.name: torch.Generator().manual_seed(self.seed) for layer in layers}
+        device = device_of(self.original)
+        found = {x.name: LayerStatistics(x.inputs * x.taps, 0, device) for x in layers if x.name in wanted}
         samples = 0
 
         def take(layer: Layer, read: _Read) -> None:
-            z = read.z.narrow(_units_on(read.z, layer), 0, 0)
-            self._add(found[layer.name], read, z, layer, samples, generator)
+            outputs = _outputs(read, layer)
+            inputs = _inputs(read, layer) if layer.name in found else None
+            for where, weight in self._choose(outputs.shape[:-1], layer, samples, generators[layer.name]):
+                self.answers.keep(layer.name, outputs[where])
+                if inputs is not None:
+                    rows = inputs[where].flatten(1)
+                    found[layer.name].update(rows, rows[:, :0], weight)
 
-        with evaluating(self.network):
+        with evaluating(self.original):
             for index, batch in enumerate(self.task.batches()):
                 samples = samples_in(batch)
-                self._run(self.network, layers, take, batch, index)
+                self.answers.start(batch)
+                self._run(self.original, layers, take, batch, index)
         for layer in layers:
-            self._check(found[layer.name], layer)
+            if layer.name in found:
+                self._check(found[layer.name], layer)
         return found
 
     def _check(self, statistics: LayerStatistics, layer: Layer) -> None:
@@ -236,45 +253,31 @@ class Observer:
             f"{layer.calls} times in the exported graph: the forward must be the same on every batch."
         )
 
-    def _add(
-        self,
-        statistics: LayerStatistics,
-        read: _Read,
-        z: Tensor,
-        layer: Layer,
-        samples: int,
-        generator: torch.Generator,
-    ) -> None:
-        x, z = _at_least_float32(read.x), _at_least_float32(z)
-        if read.slide is None:
-            rows = x.reshape(-1, x.shape[-1])
-            answers = z.reshape(len(rows), z.shape[-1])
-            for kept, weight in self._choose(len(rows), layer, samples, generator):
-                statistics.update(rows[kept], answers[kept], weight)
-        else:
-            patches = _windows(x, layer.kernel, **read.slide)
-            channel = _units_on(z, layer)
-            at = z.movedim(channel, -1) if channel else z.movedim(0, -1)[None]
-            places = at.shape[:-1]
-            for kept, weight in self._choose(math.prod(places), layer, samples, generator):
-                where = torch.unravel_index(kept.to(x.device), places)
-                statistics.update(patches[where].flatten(1), at[where], weight)
-
     def _choose(
-        self, rows: int, layer: Layer, samples: int, generator: torch.Generator
-    ) -> Iterator[tuple[Tensor, float]]:
-        """Which rows of a batch to use, in chunks, and how many rows each of them stands for."""
-        columns = layer.inputs * layer.taps
+        self, places: tuple[int, ...], layer: Layer, samples: int, generator: torch.Generator
+    ) -> Iterator[tuple[tuple[Tensor, ...], float]]:
+        """Which rows of a call to use, in chunks, as an index into its places; how many rows each stands for."""
+        rows, columns = math.prod(places), layer.inputs * layer.taps
         limit = AUTO_ROWS_PER_INPUT * (columns + 1) if self.max_rows == "auto" else self.max_rows
         wanted = rows if limit is None else min(rows, math.ceil(limit * samples / self.samples / layer.calls))
         kept = torch.arange(rows) if wanted == rows else torch.randperm(rows, generator=generator)[:wanted]
         for chunk in kept.split(max(1, _CHUNK_ELEMENTS // columns)):
-            yield chunk, rows / wanted
+            yield torch.unravel_index(chunk.to(device_of(self.network)), places), rows / wanted
 
 
-def _units_on(z: Tensor, layer: Layer) -> int:
-    """Along which dimension of a layer's output its units lie."""
-    return z.dim() - 1 - len(layer.kernel)
+def _inputs(read: _Read, layer: Layer) -> Tensor:
+    """What a layer reads: [*places, inputs] or [*places, inputs, *kernel], without a copy."""
+    x = _at_least_float32(read.x)
+    return x.reshape(-1, x.shape[-1]) if read.slide is None else _windows(x, layer.kernel, **read.slide)
+
+
+def _outputs(read: _Read, layer: Layer) -> Tensor:
+    """What a layer answers: [*places, units]."""
+    z = _at_least_float32(read.z)
+    if read.slide is None:
+        return z.reshape(-1, z.shape[-1])
+    channel = z.dim() - 1 - len(layer.kernel)
+    return z.movedim(channel, -1) if channel else z.movedim(0, -1)[None]
 
 
 def _windows(x: Tensor, kernel: tuple[int, ...], stride: Any, padding: Any, dilation: Any) -> Tensor:

@@ -77,8 +77,7 @@ class Zipper:
         sides = []
         for t, member in enumerate(self.members):
             own = {layer[t].name: layer[t] for layer in layers if t in layer and self.spaces.parts(layer)}
-            observer = member.observer(self.settings.max_rows, self.settings.seed)
-            seen = observer.observe_inputs(list(own.values()))
+            seen = _survey(member, self.settings, own)
             sides.append(
                 {name: self._side(t, x, member.weights(x), seen[name], normed=None) for name, x in own.items()}
             )
@@ -204,8 +203,19 @@ def _observe(member: Member, layer: Layer, settings: Settings, sharing: bool) ->
         return None
     # What the original network answers serves compensation and batch-norm only; else one forward pass is enough.
     changed = member.changed and not layer.reads_input and bool(settings.compensate or layer.batch_norm)
+    if changed and not member.surveyed:
+        _survey(member, settings, ())
     observer = member.observer(settings.max_rows, settings.seed)
-    return observer.observe(layer, changed=changed, rows=member.original_rows(layer))
+    statistics = observer.observe(layer, changed=changed, rows=member.original_rows(layer))
+    member.answers.forget(layer.name)
+    return statistics
+
+
+def _survey(member: Member, settings: Settings, wanted: Collection[str]) -> dict[str, LayerStatistics]:
+    """One pass over a task's data with the original network, for all layers."""
+    member.surveyed = True
+    layers = [layer for layer in member.structure.layers if layer.name in wanted or not layer.reads_input]
+    return member.observer(settings.max_rows, settings.seed).survey(layers, wanted)
 
 
 def _to_solve(member: Member, layer: Layer, settings: Settings) -> bool:
