@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from taskzip.answers import Answers
 from taskzip.curvature import LayerStatistics
 from taskzip.errors import InputError
 from taskzip.graph import Layer, analyse
@@ -23,7 +24,8 @@ def some(*shape: int) -> Tensor:
 
 def observer(model: nn.Module, data: list[Any], *, network: nn.Module | None = None, **options: Any) -> Observer:
     task = Task("digits", model, data)
-    return Observer(task, network or model, task.check_data(), options.get("max_rows"), options.get("seed", 0))
+    samples, max_rows, seed = task.check_data(), options.get("max_rows"), options.get("seed", 0)
+    return Observer(task, network or model, model, samples, max_rows, seed, Answers())
 
 
 def layer_of(model: nn.Module, batch: Any, index: int = 0) -> Layer:

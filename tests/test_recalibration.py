@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from taskzip.curvature import LayerStatistics
-from taskzip.recalibration import batch_norm_statistics, least_squares, match_spread
+from taskzip.recalibration import Moments, batch_norm_statistics, least_squares, match_spread
 
 DOUBLE = torch.float64
 
@@ -19,6 +19,10 @@ def filled(x: Tensor, z: Tensor) -> LayerStatistics:
     statistics = LayerStatistics(x.shape[1], z.shape[1], torch.device("cpu"))
     statistics.update(x, z)
     return statistics
+
+
+def moments(statistics: LayerStatistics, weights: Tensor) -> tuple[Moments, Moments]:
+    return statistics.answer_moments(), statistics.moments(weights)
 
 
 def some(*shape: int) -> Tensor:
@@ -154,7 +158,7 @@ def test_batch_norm_answers_with_the_same_mean_and_spread(eps: float) -> None:
     x, old, new = some(60, 5) + 1, some(4, 6), 3 * some(4, 6)
     z = answers(x, old)
     mean, variance = z.mean(0) + 0.3, z.var(0) * 1.7  # fitted to other data than these
-    m, v = batch_norm_statistics(filled(x, z), new, mean, variance, eps)
+    m, v = batch_norm_statistics(*moments(filled(x, z), new), mean, variance, eps)
     before, after = normed(z, mean, variance, eps), normed(answers(x, new), m, v, eps)
     torch.testing.assert_close(after.mean(0), before.mean(0))
     torch.testing.assert_close(after.var(0), before.var(0))
@@ -162,7 +166,7 @@ def test_batch_norm_answers_with_the_same_mean_and_spread(eps: float) -> None:
 
 def test_batch_norm_stays_as_it_was_for_the_original_weights() -> None:
     x, w, mean, variance = some(60, 5), some(4, 6), some(4), some(4).square()
-    m, v = batch_norm_statistics(filled(x, answers(x, w)), w, mean, variance, 1e-5)
+    m, v = batch_norm_statistics(*moments(filled(x, answers(x, w)), w), mean, variance, 1e-5)
     torch.testing.assert_close(m, mean)
     torch.testing.assert_close(v, variance)
 
@@ -171,6 +175,6 @@ def test_batch_norm_of_a_dead_unit_stays_finite() -> None:
     x, w = some(60, 5), some(3, 6)
     old = w.clone()
     old[0] = 0
-    m, v = batch_norm_statistics(filled(x, answers(x, old)), w, torch.zeros(3), torch.zeros(3), 1e-5)
+    m, v = batch_norm_statistics(*moments(filled(x, answers(x, old)), w), torch.zeros(3), torch.zeros(3), 1e-5)
     assert torch.isfinite(m).all() and torch.isfinite(v).all()
     assert (v >= 0).all()

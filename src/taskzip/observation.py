@@ -190,6 +190,25 @@ class Observer:
         self._check(statistics, layer)
         return statistics
 
+    def observe_outputs(self, layer: Layer, rows: Tensor | None = None) -> tuple[LayerStatistics, LayerStatistics]:
+        """Sum up only what a layer answers, in the original network and now; no inputs.
+
+        Args:
+            layer: of the network.
+            rows: which of the original's units each present one is, where they are in another order.
+        """
+        before, now = (LayerStatistics(0, layer.units, device_of(self.network)) for _ in range(2))
+        with evaluating(self.network, self.original):
+            for index, batch in enumerate(self.task.batches()):
+                for read in self._reads(self.network, layer, batch, index):
+                    z = _outputs(read, layer).flatten(0, -2)
+                    now.update(z[:, :0], z)
+                for read in self._reads(self.original, layer, batch, index):
+                    z = _outputs(read, layer).flatten(0, -2)
+                    before.update(z[:, :0], z if rows is None else z[:, rows.to(z.device)])
+        self._check(now, layer)
+        return before, now
+
     def survey(self, layers: Sequence[Layer], wanted: Collection[str]) -> dict[str, LayerStatistics]:
         """Remember what the original network answers in these layers, in one pass over the data.
 

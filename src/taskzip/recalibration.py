@@ -14,6 +14,9 @@ from torch import Tensor
 from taskzip.curvature import LayerStatistics, damped
 from taskzip.sparsity import solve_on_support, support
 
+Moments = tuple[Float[Tensor, " units"], Float[Tensor, " units"]]
+"""Mean and variance of each unit."""
+
 _ROUNDING = 1e-9
 """Corrections below this, relative to a unit's spread, are rounding: units that agree stay exactly as they are."""
 
@@ -74,23 +77,17 @@ def match_spread(
 
 
 def batch_norm_statistics(
-    statistics: LayerStatistics,
-    weights: Float[Tensor, "units d1"],
-    mean: Float[Tensor, " units"],
-    variance: Float[Tensor, " units"],
-    eps: float,
-) -> tuple[Float[Tensor, " units"], Float[Tensor, " units"]]:
-    """Running statistics under which batch-norm gives new weights the mean and spread that the original ones had.
+    old: Moments, new: Moments, mean: Float[Tensor, " units"], variance: Float[Tensor, " units"], eps: float
+) -> Moments:
+    """Running statistics under which batch-norm gives new pre-activations the mean and spread that the old ones had.
 
-    The change is relative: where new and original pre-activations agree on the calibration data, the statistics stay.
+    The change is relative: where new and old ones agree on the calibration data, the statistics stay (design 2.4).
 
     Args:
-        statistics: the sums over the inputs and the original network's answers, units in the same order as `weights`.
-        weights: the new incoming weights, bias last.
-        mean, variance: the present running statistics of the batch-norm, fitted to the original weights.
-        eps: of the batch-norm.
+        old: mean and variance of the original network's pre-activations, per unit.
+        new: those of the changed network's.
+        mean, variance, eps: of the batch-norm at present.
     """
-    old_mean, old_variance = statistics.answer_moments()
-    new_mean, new_variance = statistics.moments(weights)
+    (old_mean, old_variance), (new_mean, new_variance) = old, new
     ratio = torch.where(old_variance > 1e-12 * (variance + eps), new_variance / old_variance, torch.ones_like(variance))
     return new_mean - (old_mean - mean) * ratio.sqrt(), ((variance + eps) * ratio - eps).clamp_min(0)

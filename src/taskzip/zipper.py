@@ -56,7 +56,7 @@ class Zipper:
         for joint in joints:
             joint.write(weights)
         for t, layer in layers.items():
-            _settle(members[t], layer, statistics[t], weights[t])
+            _settle(members[t], layer, statistics[t], weights[t], settings)
         for part, joint in zip(parts, joints, strict=False):
             self._place(part, joint)
         shared = sum(joint.shared_rows() for joint in joints)
@@ -230,14 +230,22 @@ def _compensated(member: Member, layer: Layer, statistics: LayerStatistics | Non
     return least_squares(statistics, weights, settings.ridge, bias=layer.bias is not None)
 
 
-def _settle(member: Member, layer: Layer, statistics: LayerStatistics | None, weights: Tensor) -> None:
+def _settle(
+    member: Member, layer: Layer, statistics: LayerStatistics | None, weights: Tensor, settings: Settings
+) -> None:
     """Write a layer's new weights into the network, and let the batch-norm behind it follow."""
-    if statistics is None:
+    if statistics is not None:
+        member.set_weights(layer, weights)
+        old, new = statistics.answer_moments(), statistics.moments(weights)
+    elif member.changed and layer.batch_norm and not layer.reads_input:
+        observer = member.observer(settings.max_rows, settings.seed)
+        before, now = observer.observe_outputs(layer, member.original_rows(layer))
+        old, new = before.answer_moments(), now.answer_moments()
+    else:
         return
-    member.set_weights(layer, weights)
     if layer.batch_norm:
         mean, variance = member.batch_norm(layer)
-        m, v = batch_norm_statistics(statistics, weights, mean.double(), variance.double(), layer.batch_norm.eps)
+        m, v = batch_norm_statistics(old, new, mean.double(), variance.double(), layer.batch_norm.eps)
         mean.copy_(m)
         variance.copy_(v)
 

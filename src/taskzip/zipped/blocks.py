@@ -138,37 +138,41 @@ def _new(original: type[nn.Module], attributes: tuple[str, ...]) -> nn.Module:
 
 
 def install(network: nn.Module, name: str, blocks: Blocks) -> None:
-    """Replace the parameter `name` of a network by blocks."""
-    path, _, attribute = name.rpartition(".")
-    module = network.get_submodule(path)
-    original, attributes = _origin(module)
-    module._parameters[attribute] = None  # keeps its place among the module's parameters
-    module.add_module(f"{attribute}_blocks", blocks)
-    module.__class__ = zipped_class(original, (*attributes, attribute))
+    """Replace the parameter `name` of a network by blocks, in every module that has it."""
+    parameter = network.get_parameter(name)
+    for module in list(network.modules()):
+        for attribute in [a for a, p in module._parameters.items() if p is parameter]:
+            original, attributes = _origin(module)
+            module._parameters[attribute] = None  # keeps its place among the module's parameters
+            module.add_module(f"{attribute}_blocks", blocks)
+            module.__class__ = zipped_class(original, (*attributes, attribute))
 
 
 def densify(network: nn.Module) -> None:
     """Turn all blocks of a network back into ordinary parameters, in place."""
+    made: dict[nn.Module, nn.Parameter] = {}
     for module in list(network.modules()):
         original, attributes = _origin(module)
         for attribute in attributes:
             blocks = module._modules.pop(f"{attribute}_blocks")
             assert blocks is not None
-            grad = any(p.requires_grad for p in blocks.parameters())
-            dense = blocks().detach().clone(memory_format=torch.contiguous_format)
+            if blocks not in made:
+                grad = any(p.requires_grad for p in blocks.parameters())
+                dense = blocks().detach().clone(memory_format=torch.contiguous_format)
+                made[blocks] = nn.Parameter(dense, requires_grad=grad)
             module.__class__ = original
-            module.register_parameter(attribute, nn.Parameter(dense, requires_grad=grad))
+            module.register_parameter(attribute, made[blocks])
 
 
 def installed(network: nn.Module) -> dict[str, Blocks]:
-    """All zipped parameters of a network: name -> blocks."""
-    found = {}
+    """All zipped parameters of a network: name -> blocks; tied ones go by the first of their names."""
+    found: dict[Blocks, str] = {}
     for path, module in network.named_modules():
         for attribute in _origin(module)[1]:
             blocks = module._modules[f"{attribute}_blocks"]
             assert isinstance(blocks, Blocks)
-            found[f"{path}.{attribute}" if path else attribute] = blocks
-    return found
+            found.setdefault(blocks, f"{path}.{attribute}" if path else attribute)
+    return {name: blocks for blocks, name in found.items()}
 
 
 def _origin(module: nn.Module) -> tuple[type[nn.Module], tuple[str, ...]]:

@@ -133,7 +133,7 @@ def _once(zipped: ZippedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _structure_of(network: nn.Module) -> dict[str, Any]:
     """Which parameters are blocks, and the dense shapes of everything, by the names of the original architecture."""
     blocks, original = installed(network), original_class(network)
-    shapes = {k: list(v.shape) for k, v in network.state_dict().items() if "_blocks." not in k}
+    shapes = {k: shape for k, shape in _shapes(network).items() if "_blocks." not in k}
     shapes |= {name: list(spec_of(block).dense_shape) for name, block in blocks.items()}
     return {
         "class": f"{original.__module__}.{original.__qualname__}",
@@ -159,7 +159,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _check_fit(path: str | Path, name: str, network: nn.Module, structure: Mapping[str, Any]) -> None:
-    given = {key: list(tensor.shape) for key, tensor in network.state_dict().items()}
+    given = _shapes(network)
     saved = structure["shapes"]
     for key in sorted(saved.keys() | given.keys()):
         if saved.get(key) != given.get(key):
@@ -167,6 +167,13 @@ def _check_fit(path: str | Path, name: str, network: nn.Module, structure: Mappi
                 f"{path}, task {name!r}: the network given ({type(network).__name__}) does not fit the one saved "
                 f"({structure['class']}): {key!r} is {_shape(given.get(key))}, in the file {_shape(saved.get(key))}."
             )
+
+
+def _shapes(network: nn.Module) -> dict[str, list[int]]:
+    """The shapes of a network's tensors; tied ones go by the first of their names."""
+    first: dict[int, str] = {}
+    state = network.state_dict(keep_vars=True)
+    return {k: list(t.shape) for k, t in state.items() if first.setdefault(id(t), k) == k}
 
 
 def _shape(shape: list[int] | None) -> str:
