@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from taskzip.factored import Factored
 from taskzip.graph import Layer
 from taskzip.members import Member, Owners
 
@@ -87,10 +88,12 @@ class CommonInputs:
             return part
         return rows.new_zeros(len(rows), self.width).index_copy(1, self.places(task).to(rows.device), part)
 
-    def curvature(self, task: int, h: Float[Tensor, "d d"]) -> Float[Tensor, "width width"]:
+    def curvature(self, task: int, h: Float[Tensor, "d d"] | Factored) -> Float[Tensor, "width width"] | Factored:
         """A curvature over the task's common columns with zeros for fictive connections."""
         if len(h) == self.width:
             return h
+        if isinstance(h, Factored):
+            return h.placed(self.places(task).to(h.rows.device), self.width)
         places = self.places(task).to(h.device)
         whole = h.new_zeros(self.width, self.width)
         whole[places[:, None], places] = h

@@ -8,18 +8,33 @@ needed.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from taskzip.curvature import whiten
+from taskzip.factored import Factored, Span, dense, span_of
+
+_CHUNK = 2048  # columns of which weighted copies are made at a time
+
+
+class _Products(NamedTuple):
+    """What the difference of a pair is put together from."""
+
+    own_a: Float[Tensor, " a"]  # wA^T M wA
+    own_b: Float[Tensor, " b"]
+    both: Float[Tensor, "a b"]  # wA^T M wB
+    size_a: Float[Tensor, " a"]  # wA^T HA wA
+    size_b: Float[Tensor, " b"]
 
 
 def functional_difference(
     w_a: Float[Tensor, "a d"],
     w_b: Float[Tensor, "b d"],
-    h_a: Float[Tensor, "d d"],
-    h_b: Float[Tensor, "d d"],
+    h_a: Float[Tensor, "d d"] | Factored,
+    h_b: Float[Tensor, "d d"] | Factored,
 ) -> Float[Tensor, "a b"]:
     """d (eq. 12) between every unit of A and every unit of B.
 
@@ -32,13 +47,44 @@ def functional_difference(
     Returns:
         The rise in the balanced layer error, [units of A, units of B]; never negative.
     """
+    span = span_of([h_a, h_b])
+    p = _products_by_span(w_a, w_b, span) if span else _products(w_a, w_b, dense(h_a), dense(h_b))
+    d = (p.own_a[:, None] + p.own_b[None, :]).sub_(p.both, alpha=2).mul_(0.5)
+    # Equal weights leave only rounding, in proportion to what was subtracted: that is 0.
+    return d.masked_fill_(d <= 1e-13 * torch.minimum(p.size_a[:, None], p.size_b[None, :]), 0)
+
+
+def _products(
+    w_a: Float[Tensor, "a d"], w_b: Float[Tensor, "b d"], h_a: Float[Tensor, "d d"], h_b: Float[Tensor, "d d"]
+) -> _Products:
     total = h_a + h_b
     pulled_a, pulled_b = h_a @ w_a.mT, h_b @ w_b.mT  # [d, units]
     white_a, white_b = whiten(total, pulled_a), whiten(total, pulled_b)
-    own_a = (w_a.mT * pulled_a).sum(0) - white_a.square().sum(0)  # wA^T M wA
-    own_b = (w_b.mT * pulled_b).sum(0) - white_b.square().sum(0)
-    both = white_a.mT @ white_b  # wA^T M wB
-    d = (own_a[:, None] + own_b[None, :]).sub_(both, alpha=2).mul_(0.5)
-    # Equal weights leave only rounding, in proportion to what was subtracted: that is 0.
-    size_a, size_b = ((w.mT * p).sum(0) for w, p in ((w_a, pulled_a), (w_b, pulled_b)))
-    return d.masked_fill_(d <= 1e-13 * torch.minimum(size_a[:, None], size_b[None, :]), 0)
+    size_a, size_b = (w_a.mT * pulled_a).sum(0), (w_b.mT * pulled_b).sum(0)
+    own_a, own_b = size_a - white_a.square().sum(0), size_b - white_b.square().sum(0)
+    return _Products(own_a, own_b, white_a.mT @ white_b, size_a, size_b)
+
+
+def _products_by_span(w_a: Float[Tensor, "a d"], w_b: Float[Tensor, "b d"], span: Span) -> _Products:
+    """From small matrices in the span of the rows; outside it both curvatures are diagonal."""
+    in_a, in_b = span.inside(w_a), span.inside(w_b)
+    inside = _products(in_a, in_b, *span.curvatures)
+    everywhere = _diagonal_products(w_a, w_b, *span.diagonals)
+    taken_twice = _diagonal_products(in_a, in_b, *map(span.inside_diagonal, span.diagonals))
+    return _Products(*(x + y - z for x, y, z in zip(inside, everywhere, taken_twice, strict=True)))
+
+
+def _diagonal_products(
+    w_a: Float[Tensor, "a d"], w_b: Float[Tensor, "b d"], h_a: Float[Tensor, " d"], h_b: Float[Tensor, " d"]
+) -> _Products:
+    """The products where HA and HB are diagonal matrices."""
+    total = h_a + h_b
+    metric = torch.where(total > 0, h_a * h_b / total, 0)
+    p = _Products(*(w_a.new_zeros(n) for n in (len(w_a), len(w_b), (len(w_a), len(w_b)), len(w_a), len(w_b))))
+    for a, b, m, x, y in zip(*(each.split(_CHUNK, dim=-1) for each in (w_a, w_b, metric, h_a, h_b)), strict=True):
+        p.own_a.addmv_(a.square(), m)
+        p.own_b.addmv_(b.square(), m)
+        p.both.addmm_(m * a, b.mT)
+        p.size_a.addmv_(a.square(), x)
+        p.size_b.addmv_(b.square(), y)
+    return p

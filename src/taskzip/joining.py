@@ -14,6 +14,7 @@ from torch import Tensor
 from taskzip.alignment import CommonInputs, JointInputs
 from taskzip.curvature import LayerStatistics, damped
 from taskzip.difference import functional_difference
+from taskzip.factored import Factored, restricted
 from taskzip.matching import Matching, match
 from taskzip.members import Member, Owners
 from taskzip.merging import merge_weights
@@ -109,13 +110,13 @@ class JointLayer:
         """How many joint units more than one task owns."""
         return sum(len(units) for _, units in self._shared())
 
-    def curvature(self, task: int, common: CommonInputs) -> Tensor:
+    def curvature(self, task: int, common: CommonInputs) -> Tensor | Factored:
         """H of one task over common inputs, weighted by the balance, damped, 0 where a connection is fictive."""
         s, layer = self._statistics[task], self.inputs.layers[task]
         # Batch-norm takes the mean off again, for each task by itself, so that only the spread matters.
-        gram = s.rows * s.covariance() if layer.batch_norm else s.gram
-        columns = common.columns(task).to(gram.device)
-        h = self._balance[task] / self._members[task].samples * gram[columns[:, None], columns]
+        moments = s.rows * s.covariance() if layer.batch_norm else s.curvature
+        columns = common.columns(task).to(self.weights[task].device)
+        h = self._balance[task] / self._members[task].samples * restricted(moments, columns)
         return common.curvature(task, damped(h, self._damping))
 
     def _merge(self, meeting: _Meeting, joint: Tensor, new: Tensor) -> None:
@@ -150,8 +151,8 @@ class _Meeting:
     def __init__(self, joint: JointLayer, owners: Owners, task: int, common: CommonInputs) -> None:
         self.owners, self.task, self.common = owners, task, common
         self.units = joint.groups[owners]
-        gathered = torch.stack([joint.curvature(t, common) for t in owners]).sum(0)
-        self._curvatures = (gathered, joint.curvature(task, common))
+        own = [joint.curvature(t, common) for t in owners]
+        self._curvatures = (sum(own[1:], start=own[0]), joint.curvature(task, common))
         widest = max(range(len(owners)), key=lambda k: len(common.columns(owners[k])))
         rows = joint.weights[owners[widest]][self.units[:, widest]]
         self._weights = (common.weights(owners[widest], rows), common.weights(task, joint.weights[task]))

@@ -9,10 +9,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from taskzip.curvature import solve_symmetric
+from taskzip.factored import Factored, dense, span_of
 
 
 def merge_weights(
-    weights: Sequence[Float[Tensor, "units d"]], curvatures: Sequence[Float[Tensor, "d d"]]
+    weights: Sequence[Float[Tensor, "units d"]], curvatures: Sequence[Float[Tensor, "d d"] | Factored]
 ) -> Float[Tensor, "units d"]:
     """The weights that raise the tasks' summed layer error least: w = (sum H_t)^-1 (sum H_t w_t).
 
@@ -23,6 +24,16 @@ def merge_weights(
         weights: per task, the incoming weights of the paired units, row p of every task belonging to one pair.
         curvatures: per task, H over the same d inputs, weighted by the balance and damped.
     """
+    span = span_of(curvatures)
+    if span is None:
+        return _merged(weights, [dense(h) for h in curvatures])
+    inside = _merged([span.inside(w) for w in weights], span.curvatures)
+    return span.with_inside(_column_means(weights, span.diagonals), inside)
+
+
+def _merged(
+    weights: Sequence[Float[Tensor, "units d"]], curvatures: Sequence[Float[Tensor, "d d"]]
+) -> Float[Tensor, "units d"]:
     first = weights[0]
     total = sum(curvatures[1:], start=curvatures[0])
     # w - w_1 = (sum H_t)^-1 sum H_t (w_t - w_1): one product less, and equal weights stay exactly what they are.
@@ -30,3 +41,14 @@ def merge_weights(
     for h, w in zip(curvatures[1:], weights[1:], strict=True):
         pull += h @ (w - first).mT
     return first + solve_symmetric(total, pull).mT
+
+
+def _column_means(
+    weights: Sequence[Float[Tensor, "units d"]], diagonals: Sequence[Float[Tensor, " d"]]
+) -> Float[Tensor, "units d"]:
+    """The same for diagonal curvatures; where all are 0, the first task's weights."""
+    mean, total = weights[0].clone(), diagonals[0]
+    for h, w in zip(diagonals[1:], weights[1:], strict=True):
+        total = total + h
+        mean.lerp_(w, torch.where(total > 0, h / total, 0))
+    return mean

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from taskzip.curvature import LayerStatistics, damped, solve_symmetric
+from taskzip.factored import Factored, Span, restricted
 
 _ROUNDING = 1e-9
 """Corrections below this, relative to a unit's spread, are rounding: units that agree stay exactly as they are."""
@@ -31,10 +32,25 @@ def least_squares(
         bias: whether the layer has a bias; without one the last column stays as it is, zero.
     """
     d = weights.shape[1] if bias else weights.shape[1] - 1
-    gram, cross = statistics.gram[:d, :d], statistics.cross[:d]
-    pull = ridge * gram.diagonal().mean()
-    solved = solve_symmetric(damped(gram, ridge), cross + pull * weights[:, :d].mT)
-    return torch.cat([solved.mT, weights[:, d:]], dim=1)
+    h, present = restricted(statistics.curvature, slice(0, d)), weights[:, :d]
+    if isinstance(h, Factored):
+        solved = _solved_in_span(h, statistics.answers, present, ridge)
+    else:
+        pull = ridge * h.diagonal().mean()
+        solved = solve_symmetric(damped(h, ridge), statistics.cross[:d] + pull * present.mT).mT
+    return solved if bias else torch.cat([solved, weights[:, d:]], dim=1)
+
+
+def _solved_in_span(
+    h: Factored, answers: Float[Tensor, "n units"], present: Float[Tensor, "units d"], ridge: float
+) -> Float[Tensor, "units d"]:
+    """Least squares over few rows: what they do not tell stays as it is, or becomes 0 where no ridge holds it."""
+    pulled = damped(h, ridge)
+    span = Span([pulled])
+    inside = span.inside(present)
+    right = span.inside(h.rows).mT @ answers + span.inside_diagonal(pulled.diagonal)[:, None] * inside.mT
+    solved = solve_symmetric(span.curvatures[0], right).mT
+    return span.with_inside(present if pulled.diagonal.any() else torch.zeros_like(present), solved)
 
 
 def match_spread(
