@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from taskzip.factored import Factored
 from taskzip.graph import Layer
 from taskzip.members import Member, Owners, Slots
 
@@ -92,10 +93,12 @@ class CommonInputs:
         """Which of the common connections the task has; the others are fictive."""
         return torch.zeros(self.width, dtype=torch.bool).index_fill_(0, self.places(task), True)
 
-    def curvature(self, task: int, h: Float[Tensor, "d d"]) -> Float[Tensor, "width width"]:
+    def curvature(self, task: int, h: Float[Tensor, "d d"] | Factored) -> Float[Tensor, "width width"] | Factored:
         """A curvature over the task's common columns with zeros for fictive connections."""
         if len(h) == self.width:
             return h
+        if isinstance(h, Factored):
+            return h.placed(self.places(task).to(h.rows.device), self.width)
         places = self.places(task).to(h.device)
         whole = h.new_zeros(self.width, self.width)
         whole[places[:, None], places] = h

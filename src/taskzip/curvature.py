@@ -6,25 +6,47 @@ network answered at those inputs, because least squares (`recalibration`) and th
 
 from __future__ import annotations
 
+from typing import NamedTuple, overload
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from taskzip.factored import Factored, dense, quadratic, restricted
+
+_SMALL = 1024
+"""Up to so many columns rows are summed up however few they are: the matrices are small."""
+
+_FEW = 0.25
+"""Rows per column up to which they are kept: with more, the span of two tasks' rows costs what matrices cost."""
+
+
+class _Sums(NamedTuple):
+    gram: Tensor  # sum x x^T
+    cross: Tensor  # sum x z^T
+
+
+class _Rows(NamedTuple):
+    x: Tensor
+    z: Tensor
+    weight: float
 
 
 class LayerStatistics:
     """Sums over the rows that one layer of one task read, and over what its units should answer there.
 
-    The answers are summed up less a constant near their mean, because a unit's spread may be far below its mean.
-
-    Attributes:
-        gram: sum x x^T, [d + 1, d + 1], the last input being the constant 1.
+    The answers are summed up less a constant near their mean, because a unit's spread may be far below its mean. Where
+    rows are few for the number of inputs, they are kept as they are, and the curvature is factored (design 2.6).
     """
 
     def __init__(self, inputs: int, units: int, device: torch.device) -> None:
-        self.gram = torch.zeros(inputs + 1, inputs + 1, dtype=torch.float64, device=device)
-        self._cross = torch.zeros(inputs + 1, units, dtype=torch.float64, device=device)
+        self._columns = inputs + 1
         self._square = torch.zeros(units, dtype=torch.float64, device=device)
         self._origin: Tensor | None = None
+        self._kept: list[_Rows] = []
+        self._sums: _Sums | None = None
+        if self._columns <= _SMALL:
+            self._sum_up()
 
     def update(self, rows: Float[Tensor, "rows d"], answers: Float[Tensor, "rows units"], weight: float = 1.0) -> None:
         """Add rows; `weight` says how many rows each of them stands for (sampling leaves the sums unbiased)."""
@@ -32,23 +54,54 @@ class LayerStatistics:
             self._origin = answers.mean(0)
         x = torch.cat([rows, rows.new_ones(rows.shape[0], 1)], dim=1)
         z = answers - self._origin
-        self.gram += weight * (x.mT @ x)
-        self._cross += weight * (x.mT @ z)
+        self._kept.append(_Rows(x, z, weight))
         self._square += weight * z.square().sum(0)
+        if self._sums or sum(len(each.x) for each in self._kept) > _FEW * self._columns:
+            self._sum_up()
+
+    def _sum_up(self) -> None:
+        """Rows that were kept become sums."""
+        if self._sums is None:
+            zeros = self._square.new_zeros
+            self._sums = _Sums(zeros(self._columns, self._columns), zeros(self._columns, len(self._square)))
+        for x, z, weight in self._kept:
+            self._sums.gram.add_(weight * (x.mT @ x))
+            self._sums.cross.add_(weight * (x.mT @ z))
+        self._kept.clear()
 
     def is_finite(self) -> bool:
         """Whether no NaN or infinity was read."""
-        return bool(torch.isfinite(self.gram.diagonal()).all() and torch.isfinite(self._square).all())
+        inputs = self._sums.gram.diagonal() if self._sums else self._totals[0]
+        return bool(torch.isfinite(inputs).all() and torch.isfinite(self._square).all())
 
     @property
     def rows(self) -> float:
         """How many rows (samples times output positions) the sums stand for."""
-        return float(self.gram[-1, -1])
+        return float(self._totals[0][-1])
+
+    @property
+    def curvature(self) -> Float[Tensor, "d1 d1"] | Factored:
+        """sum x x^T, the last input being the constant 1; factored where rows are few."""
+        return self._sums.gram if self._sums else self._factored()
+
+    @property
+    def gram(self) -> Float[Tensor, "d1 d1"]:
+        """The same as a matrix, however large."""
+        return dense(self.curvature)
 
     @property
     def cross(self) -> Float[Tensor, "d1 units"]:
         """sum x z^T, z being the pre-activations of the original network."""
-        return self._cross if self._origin is None else self._cross + torch.outer(self.gram[-1], self._origin.double())
+        if not self._sums:
+            return self._factored().rows.mT @ self.answers
+        gram, cross = self._sums
+        return cross if self._origin is None else cross + torch.outer(gram[-1], self._origin.double())
+
+    @property
+    def answers(self) -> Float[Tensor, "n units"]:
+        """What the original network answered at the rows of a factored curvature, weighted as these are."""
+        assert self._origin is not None
+        return torch.cat([weight**0.5 * (z.double() + self._origin) for _, z, weight in self._kept])
 
     @property
     def square(self) -> Float[Tensor, " units"]:
@@ -56,29 +109,49 @@ class LayerStatistics:
         if self._origin is None:
             return self._square
         origin = self._origin.double()
-        return self._square + 2 * origin * self._cross[-1] + self.rows * origin.square()
+        return self._square + 2 * origin * self._totals[1] + self.rows * origin.square()
 
     def answer_moments(self) -> tuple[Float[Tensor, " units"], Float[Tensor, " units"]]:
         """Mean and variance of the original network's pre-activations, per unit."""
-        mean = self._cross[-1] / self.rows
+        mean = self._totals[1] / self.rows
         variance = (self._square / self.rows - mean.square()).clamp_min(0)
         return mean if self._origin is None else mean + self._origin, variance
 
     def moments(self, weights: Float[Tensor, "units d1"]) -> tuple[Float[Tensor, " units"], Float[Tensor, " units"]]:
         """Mean and variance of what units with these incoming weights (bias last) answer on the same rows."""
-        mean = self.gram[-1] / self.rows
-        free = weights[:, :-1]
-        variance = (free @ self.covariance()[:-1, :-1] * free).sum(1)
+        mean, free = self._totals[0] / self.rows, slice(0, -1)
+        variance = quadratic(restricted(self.covariance(), free), weights[:, free])
         return weights @ mean, variance.clamp_min(0)
 
-    def covariance(self) -> Float[Tensor, "d1 d1"]:
+    def covariance(self) -> Float[Tensor, "d1 d1"] | Factored:
         """Covariance of the inputs over the rows; the constant input has none."""
-        mean = self.gram[-1] / self.rows
-        return self.gram / self.rows - torch.outer(mean, mean)
+        h, mean = self.curvature, self._totals[0] / self.rows
+        if isinstance(h, Factored):
+            return Factored((h.rows - torch.outer(h.rows[:, -1], mean)) / self.rows**0.5, h.diagonal)
+        return h / self.rows - torch.outer(mean, mean)
+
+    @property
+    def _totals(self) -> tuple[Tensor, Tensor]:
+        """The sums of x and of z."""
+        if self._sums:
+            return self._sums.gram[-1], self._sums.cross[-1]
+        x = torch.stack([weight * x.double().sum(0) for x, _, weight in self._kept])
+        z = torch.stack([weight * z.double().sum(0) for _, z, weight in self._kept])
+        return x.sum(0), z.sum(0)
+
+    def _factored(self) -> Factored:
+        rows = torch.cat([weight**0.5 * x.double() for x, _, weight in self._kept])
+        return Factored(rows, rows.new_zeros(self._columns))
 
 
-def damped(h: Float[Tensor, "d d"], damping: float) -> Float[Tensor, "d d"]:
+@overload
+def damped(h: Tensor, damping: float) -> Tensor: ...
+@overload
+def damped(h: Factored, damping: float) -> Factored: ...
+def damped(h: Float[Tensor, "d d"] | Factored, damping: float) -> Float[Tensor, "d d"] | Factored:
     """H + damping * mean(diag(H)) * I: where the data say nothing, each task's own weights are the prior."""
+    if isinstance(h, Factored):
+        return h.damped(damping)
     if not len(h):
         return h
     return h + damping * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype, device=h.device)

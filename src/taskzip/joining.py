@@ -16,6 +16,7 @@ from torch import Tensor
 from taskzip.alignment import CommonInputs, JointInputs
 from taskzip.curvature import LayerStatistics, damped
 from taskzip.difference import functional_difference
+from taskzip.factored import Factored, restricted
 from taskzip.graph import Layer
 from taskzip.matching import Matching, Pairs, match
 from taskzip.members import Owners
@@ -48,13 +49,13 @@ class TaskLayer:
     balance: float
     damping: float
 
-    def curvature(self, common: CommonInputs) -> Tensor:
+    def curvature(self, common: CommonInputs) -> Tensor | Factored:
         """H over common inputs, weighted by the balance, damped, 0 where a connection is fictive."""
         # Batch-norm takes the mean off again, for each task by itself, so that only the spread matters.
         s = self.statistics
-        gram = s.rows * s.covariance() if self.layer.batch_norm else s.gram
-        columns = common.columns(self.task).to(gram.device)
-        h = self.balance / self.samples * gram[columns[:, None], columns]
+        moments = s.rows * s.covariance() if self.layer.batch_norm else s.curvature
+        columns = common.columns(self.task).to(self.weights.device)
+        h = self.balance / self.samples * restricted(moments, columns)
         return common.curvature(self.task, damped(h, self.damping))
 
     def common(self, common: CommonInputs, rows: Tensor) -> Tensor:
@@ -248,13 +249,13 @@ class _Meeting:
         self.owners, self.task, self.common = owners, task, common
         self.units = joint.groups[owners].units
         sides = joint._sides
-        gathered = torch.stack([sides[t].curvature(common) for t in owners]).sum(0)
-        self._curvatures = (gathered, sides[task].curvature(common))
+        own = [sides[t].curvature(common) for t in owners]
+        self._curvatures = (sum(own[1:], start=own[0]), sides[task].curvature(common))
         widest = max(range(len(owners)), key=lambda k: len(common.columns(owners[k])))
         self._widest = owners[widest]
         rows = joint.weights[owners[widest]][joint._rows_of(owners[widest], self.units[:, widest])]
-        own = joint.weights[task][joint._rows[task].flatten()]
-        self._weights = (common.weights(owners[widest], rows), common.weights(task, own))
+        new = joint.weights[task][joint._rows[task].flatten()]
+        self._weights = (common.weights(owners[widest], rows), common.weights(task, new))
         self._height = joint._rows[task].shape[1]
         self.difference = functional_difference(*self._weights, *self._curvatures, rows=self._height)
 

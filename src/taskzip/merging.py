@@ -8,12 +8,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from taskzip.curvature import solve_symmetric
+from taskzip.factored import Factored, dense, span_of
 from taskzip.sparsity import solve_on_support
 
 
 def merge_weights(
     weights: Sequence[Float[Tensor, "units d"]],
-    curvatures: Sequence[Float[Tensor, "d d"]],
+    curvatures: Sequence[Float[Tensor, "d d"] | Factored],
     exists: Bool[Tensor, "units d"] | None = None,
 ) -> Float[Tensor, "units d"]:
     """The weights that raise the tasks' summed layer error least: w = (sum H_t)^-1 (sum H_t w_t).
@@ -27,11 +29,46 @@ def merge_weights(
         exists: the connections that the merged units have, where not all; the others are 0 (Sec. 3.6), and the error
             is the least that is possible without them.
     """
-    first = weights[0] if exists is None else weights[0] * exists
+    if exists is not None:
+        return _merged_on_support(weights, curvatures, exists)
+    span = span_of(curvatures)
+    if span is None:
+        return _merged(weights, [dense(h) for h in curvatures])
+    inside = _merged([span.inside(w) for w in weights], span.curvatures)
+    return span.with_inside(_column_means(weights, span.diagonals), inside)
+
+
+def _merged_on_support(
+    weights: Sequence[Float[Tensor, "units d"]],
+    curvatures: Sequence[Float[Tensor, "d d"] | Factored],
+    exists: Bool[Tensor, "units d"],
+) -> Float[Tensor, "units d"]:
+    first = weights[0] * exists
+    total = sum(curvatures[1:], start=curvatures[0])
+    pull = torch.zeros_like(first.mT)
+    for h, w in zip(curvatures, weights, strict=True):
+        pull += h @ (w - first).mT
+    return first + solve_on_support(total, pull, exists).mT
+
+
+def _merged(
+    weights: Sequence[Float[Tensor, "units d"]], curvatures: Sequence[Float[Tensor, "d d"]]
+) -> Float[Tensor, "units d"]:
+    first = weights[0]
     total = sum(curvatures[1:], start=curvatures[0])
     # w - w_1 = (sum H_t)^-1 sum H_t (w_t - w_1): one product less, and equal weights stay exactly what they are.
     pull = torch.zeros_like(first.mT)
-    for h, w in zip(curvatures, weights, strict=True):
-        if w is not first:
-            pull += h @ (w - first).mT
-    return first + solve_on_support(total, pull, exists).mT
+    for h, w in zip(curvatures[1:], weights[1:], strict=True):
+        pull += h @ (w - first).mT
+    return first + solve_symmetric(total, pull).mT
+
+
+def _column_means(
+    weights: Sequence[Float[Tensor, "units d"]], diagonals: Sequence[Float[Tensor, " d"]]
+) -> Float[Tensor, "units d"]:
+    """The same for diagonal curvatures; where all are 0, the first task's weights."""
+    mean, total = weights[0].clone(), diagonals[0]
+    for h, w in zip(diagonals[1:], weights[1:], strict=True):
+        total = total + h
+        mean.lerp_(w, torch.where(total > 0, h / total, 0))
+    return mean

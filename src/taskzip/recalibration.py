@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from taskzip.curvature import LayerStatistics, damped
+from taskzip.curvature import LayerStatistics, damped, solve_symmetric
+from taskzip.factored import Factored, Span, restricted
 from taskzip.sparsity import solve_on_support, support
 
 Moments = tuple[Float[Tensor, " units"], Float[Tensor, " units"]]
@@ -35,11 +36,26 @@ def least_squares(
         bias: whether the layer has a bias; without one the last column stays as it is, zero.
     """
     d = weights.shape[1] if bias else weights.shape[1] - 1
-    gram, cross = statistics.gram[:d, :d], statistics.cross[:d]
-    pull = ridge * gram.diagonal().mean()
-    exists = support(weights[:, :d], bias=bias)
-    solved = solve_on_support(damped(gram, ridge), cross + pull * weights[:, :d].mT, exists)
-    return torch.cat([solved.mT, weights[:, d:]], dim=1)
+    h, present = restricted(statistics.curvature, slice(0, d)), weights[:, :d]
+    exists = support(present, bias=bias)
+    if isinstance(h, Factored) and exists is None:
+        solved = _solved_in_span(h, statistics.answers, present, ridge)
+    else:
+        pull = ridge * (h.rows.square().mean(1).sum() if isinstance(h, Factored) else h.diagonal().mean())
+        solved = solve_on_support(damped(h, ridge), statistics.cross[:d] + pull * present.mT, exists).mT
+    return solved if bias else torch.cat([solved, weights[:, d:]], dim=1)
+
+
+def _solved_in_span(
+    h: Factored, answers: Float[Tensor, "n units"], present: Float[Tensor, "units d"], ridge: float
+) -> Float[Tensor, "units d"]:
+    """Least squares over few rows: what they do not tell stays as it is, or becomes 0 where no ridge holds it."""
+    pulled = damped(h, ridge)
+    span = Span([pulled])
+    inside = span.inside(present)
+    right = span.inside(h.rows).mT @ answers + span.inside_diagonal(pulled.diagonal)[:, None] * inside.mT
+    solved = solve_symmetric(span.curvatures[0], right).mT
+    return span.with_inside(present if pulled.diagonal.any() else torch.zeros_like(present), solved)
 
 
 def match_spread(

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from taskzip.curvature import solve_symmetric
+from taskzip.factored import Factored, dense, restricted
 
 
 def support(weights: Float[Tensor, "units d"], *, bias: bool) -> Bool[Tensor, "units d"] | None:
@@ -33,19 +34,19 @@ def denser(supports: Sequence[Bool[Tensor, "units d"] | None]) -> Bool[Tensor, "
 
 
 def solve_on_support(
-    h: Float[Tensor, "d d"], right: Float[Tensor, "d k"], exists: Bool[Tensor, "k d"] | None
+    h: Float[Tensor, "d d"] | Factored, right: Float[Tensor, "d k"], exists: Bool[Tensor, "k d"] | None
 ) -> Float[Tensor, "d k"]:
     """H^-1 right, column by column over the connections that exist, 0 elsewhere.
 
     Column k minimises 1/2 w^T H w - w^T right among all w with that support.
     """
     if exists is None:
-        return solve_symmetric(h, right)
+        return solve_symmetric(dense(h), right)
     solved = torch.zeros_like(right)
     whole = exists.all(1)
     if whole.any():
-        solved[:, whole] = solve_symmetric(h, right[:, whole])
+        solved[:, whole] = solve_symmetric(dense(h), right[:, whole])
     for k in (~whole).nonzero().flatten().tolist():
         places = exists[k].nonzero().flatten()
-        solved[places, k] = solve_symmetric(h[places[:, None], places], right[places, k, None])[:, 0]
+        solved[places, k] = solve_symmetric(dense(restricted(h, places)), right[places, k, None])[:, 0]
     return solved
