@@ -231,7 +231,8 @@ def test_spread_and_batch_norm_are_the_same() -> None:
     forms = both_forms()
     w, units = some(3, D + 1), torch.tensor([3, 0, 1])
     spread = [match_spread([s, s], [w, 0.5 * w], [units, units], [0.3, 0.7]) for s in forms]
-    normed = [batch_norm_statistics(s, some(4, D + 1) * 0 + 0.1, torch.ones(4), torch.ones(4), 1e-5) for s in forms]
+    ones, new = torch.ones(4), torch.full((4, D + 1), 0.1, dtype=DOUBLE)
+    normed = [batch_norm_statistics(s.answer_moments(), s.moments(new), ones, ones, 1e-5) for s in forms]
     for kept, summed in zip((*spread[0], *normed[0]), (*spread[1], *normed[1]), strict=True):
         assert_close(kept, summed)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from taskzip.errors import CheckpointError
@@ -45,11 +46,14 @@ def save(zipped: ZippedModel, path: str | Path) -> None:
         raise CheckpointError(f"cannot write {path}: there is no folder {target.parent}.")
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        part.write_bytes(serialize(tensors, metadata={_KEY: json.dumps(about)}))
+        part.touch()
+        mode = part.stat().st_mode
+        save_file(tensors, part, metadata={_KEY: json.dumps(about)})  # from where they lie, without a copy in memory
+        part.chmod(mode)  # safetensors puts another file in its place, which others may not read
         os.replace(part, target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"cannot write {path}: {error.strerror}. Is the folder writable, and has it room?"
+            f"cannot write {path}: {_reason(error)}. Is the folder writable, and has it room?"
         ) from error
     finally:
         with suppress(OSError):
@@ -101,6 +105,14 @@ def _build(
     zipped = ZippedModel(joint, History.from_dict(about["history"]))
     _fill(zipped, tensors, about["aliases"], {name: _device(networks[name]) for name in joint})
     return zipped.eval()
+
+
+def _reason(error: OSError | SafetensorError) -> str:
+    """What the operating system says."""
+    if isinstance(error, OSError):
+        return str(error.strerror)
+    code = re.search(r"os error (\d+)", str(error))
+    return os.strerror(int(code[1])) if code else str(error)
 
 
 def _once(zipped: ZippedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
