@@ -21,7 +21,7 @@ from taskzip.zipped.blocks import Blocks, BlocksSpec, install, installed, origin
 from taskzip.zipped.folding import forget_batch_norms
 from taskzip.zipped.model import History, ZippedModel
 
-FORMAT = 1
+FORMAT = 2
 _KEY = "taskzip"
 
 
@@ -163,7 +163,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             if not isinstance(about, dict) or "format" not in about:
                 raise CheckpointError(f"{path} is a safetensors file, but not a taskzip checkpoint.")
             if about["format"] != FORMAT:
-                raise CheckpointError(f"{path} has format {about['format']}, this taskzip reads {FORMAT}: upgrade it.")
+                raise CheckpointError(
+                    f"{path} has format {about['format']}, this taskzip reads {FORMAT}: read it with the version that "
+                    f"wrote it, or zip again."
+                )
             # Cloned into memory as torch aligns it: where a tensor starts decides on the last bit of some products.
             return about, {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
