@@ -1,6 +1,6 @@
 """What the analysis finds in architectures that people use: one row each, and a check that it is right.
 
-    python benchmarks/architectures.py [names ...]
+    python benchmarks/architectures.py [--zip] [names ...]
 
 Needs torchvision, timm and transformers (none of which the package needs). Weights are random; norms and their
 statistics are drawn, so that a wrong order shows. The columns:
@@ -8,18 +8,28 @@ statistics are drawn, so that a wrong order shows. The columns:
     seconds     of the analysis, torch.export included
     free        share of the layers' weights of which the rows or the columns may be re-ordered
     rows        share of which the rows may be
-    shareable   share of the layers' weights that lie in layers that can be shared at present
+    shareable   share of the layers' weights that lie in rows that `tz.zip` can share
+    hidden      the same, with the weights of output layers left out
     change      largest change of an output, relative to the largest output, in float64, after all spaces were put in
                 random orders
     wrong       the same where one layer is left out of the orders: the least of five, to show that it would be seen
+
+With --zip, two instances from different seeds are zipped with share=0.5, on 16 images of 64x64 (or what is the least):
+
+    seconds     of zipping
+    apart       parameters of the two networks, in millions, and then of the joint one
+    loads       whether the file gives the very same outputs again
+    plain       largest difference of a materialized copy's outputs from the joint network's, relative
 """
 
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,34 +37,40 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from taskzip.graph import Structure, analyse
+import taskzip as tz
+from taskzip.graph import OUTPUT, Structure, analyse
 
 Made = tuple[nn.Module, Any]
 
 
-def torchvision(name: str, size: int = 224, **options: Any) -> Callable[[], Made]:
-    """A torchvision model, whose CUDA wheel wants two operators to be known beside a CPU build of torch."""
+SIZE = 224
+"""Of images; smaller for zipping."""
+
+
+def torchvision(name: str, least: int = 64, **options: Any) -> Callable[[], Made]:
+    """A torchvision model."""
 
     def make() -> Made:
-        try:
-            import torchvision  # noqa: F401
-        except RuntimeError:
-            define_detection_operators()
+        size = max(SIZE, least)
+        import_torchvision()
         from torchvision import models
 
+        if name.startswith("vit"):
+            options["image_size"] = size
         return models.get_model(name, weights=None, **options), torch.randn(2, 3, size, size)
 
     return make
 
 
 def timm(name: str) -> Callable[[], Made]:
-    """A timm model, which imports torchvision."""
+    """A timm model."""
 
     def make() -> Made:
-        torchvision("alexnet")()
+        import_torchvision()
         import timm as library
 
-        return library.create_model(name, pretrained=False), torch.randn(2, 3, 224, 224)
+        sized = {"img_size": SIZE} if name.startswith("vit") else {}
+        return library.create_model(name, pretrained=False, **sized), torch.randn(2, 3, SIZE, SIZE)
 
     return make
 
@@ -63,6 +79,7 @@ def hugging_face(name: str, **options: Any) -> Callable[[], Made]:
     """A transformers model from a small config; nothing is downloaded."""
 
     def make() -> Made:
+        import_torchvision()
         import transformers as library
 
         config = getattr(library, name.split("For")[0] + "Config")(**options)
@@ -77,6 +94,14 @@ def hugging_face(name: str, **options: Any) -> Callable[[], Made]:
 
 
 _kept = []
+
+
+def import_torchvision() -> None:
+    """Import it, for the others too, which import it themselves."""
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        define_detection_operators()
 
 
 def define_detection_operators() -> None:
@@ -99,7 +124,7 @@ TEXT = {"vocab_size": 90, "max_position_embeddings": 32}
 MODELS: dict[str, Callable[[], Made]] = {
     **{name: torchvision(name) for name in TORCHVISION},
     "googlenet": torchvision("googlenet", init_weights=False),
-    "inception_v3": torchvision("inception_v3", size=299, init_weights=False),
+    "inception_v3": torchvision("inception_v3", least=96, init_weights=False),
     **{f"timm {name}": timm(name) for name in ("resnet18", "mobilenetv3_small_100", "vit_tiny_patch16_224")},
     "hf ResNet": hugging_face(
         "ResNetForImageClassification", embedding_size=16, hidden_sizes=[16, 32, 64], depths=[1, 2, 1]
@@ -189,23 +214,70 @@ def moves(structure: Structure, weight: str) -> bool:
 
 def shares(structure: Structure) -> list[float]:
     """The shares of the layers' weights whose rows or columns can move, whose rows can, and in shareable layers."""
-    found = np.zeros(4)
+    found = np.zeros(5)
     for layer in structure.layers:
         rows, columns = (
             np.zeros(count, bool) if ids is None else structure.space_of(ids) >= 0
             for count, ids in zip((layer.units, layer.inputs), structure.axes[layer.weight][:2], strict=True)
         )
         weights = layer.units * layer.inputs
+        shared = sum(part.size for part in structure.parts(layer).values()) * layer.inputs
+        hidden = weights * (layer.pinned != OUTPUT)
         found += layer.taps * np.array(
-            [weights, (rows[:, None] | columns).sum(), rows.sum() * layer.inputs, weights * (not layer.pinned)]
+            [weights, hidden, (rows[:, None] | columns).sum(), rows.sum() * layer.inputs, shared]
         )
-    return (found[1:] / found[0]).tolist()
+    return (found[[2, 3, 4, 4]] / found[[0, 0, 0, 1]]).tolist()
+
+
+def zipped(make: Callable[[], Made]) -> str:
+    """Zip two instances, save, load and materialize; what came of it."""
+    models, batches = [], []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model, batch = make()
+        parts = [pytree.tree_map_only(Tensor, enlarged(seed * 10 + k), batch) for k in range(2)]
+        models.append(drawn(model.eval(), parts[0]))
+        batches.append(parts)
+    tasks = [tz.Task(name, model, data, forward=call) for name, model, data in zip("ab", models, batches, strict=True)]
+    start = time.perf_counter()
+    joint = tz.zip(tasks, share=0.5, progress=False)
+    seconds = time.perf_counter() - start
+    with tempfile.TemporaryDirectory() as folder:
+        joint.save(Path(folder) / "joint.safetensors")
+        loaded = tz.load(Path(folder) / "joint.safetensors", {"a": make()[0], "b": make()[0]})
+    same, apart = True, 0.0
+    for name, data in zip("ab", batches, strict=True):
+        given = outputs(joint[name], data[0])
+        same &= all(torch.equal(x, y) for x, y in zip(given, outputs(loaded[name], data[0]), strict=True))
+        apart = max(apart, change(given, outputs(joint.materialize(name), data[0])))
+    before = sum(p.numel() for model in models for p in model.parameters())
+    counts = f"{before / 1e6:8.2f} {joint.parameter_count() / 1e6:8.2f}"
+    return f"{seconds:7.1f} {counts} {'yes' if same else 'NO':>6} {apart:7.0e}"
+
+
+def enlarged(seed: int) -> Callable[[Tensor], Tensor]:
+    """Other inputs of the same kind, 8 samples a batch."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            return x.repeat(4, *[1] * (x.dim() - 1))
+        return torch.randn(8, *x.shape[1:], generator=generator)
+
+    return draw
 
 
 def main(names: list[str]) -> None:
     """Print a row for each of these, or for all."""
+    global SIZE
     torch.set_num_threads(1)
-    print(f"{'architecture':28} seconds layers spaces   free   rows shareable  change  wrong")
+    if "--zip" in names:
+        SIZE = 64
+        print(f"{'architecture':28} seconds    apart together  loads   plain")
+        for name in [name for name in names if name != "--zip"] or MODELS:
+            print(f"{name:28} {zipped(MODELS[name])}", flush=True)
+        return
+    print(f"{'architecture':28} seconds layers spaces   free   rows shareable hidden  change  wrong")
     for name, make in MODELS.items():
         if names and name not in names:
             continue
@@ -215,10 +287,13 @@ def main(names: list[str]) -> None:
         start = time.perf_counter()
         structure = analyse(model, batch, call)
         seconds = time.perf_counter() - start
-        free, rows, shareable = shares(structure)
+        free, rows, shareable, hidden = shares(structure)
         found = f"{seconds:7.1f} {len(structure.layers):6} {len(structure.spaces):6}"
         right, wrong = changes(model, structure, batch)
-        print(f"{name:28} {found} {free:6.1%} {rows:6.1%} {shareable:9.1%} {right:7.0e} {wrong:6.0e}", flush=True)
+        print(
+            f"{name:28} {found} {free:6.1%} {rows:6.1%} {shareable:9.1%} {hidden:6.1%} {right:7.0e} {wrong:6.0e}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

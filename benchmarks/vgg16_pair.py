@@ -10,16 +10,19 @@ cores), and the peak memory of the process up to its end.
 import argparse
 import resource
 import sys
+import tempfile
 import time
 from collections import defaultdict
+from pathlib import Path
 
 import torch
-from torch import nn
 
 import taskzip as tz
+from taskzip.models import VGG16
 
 STEPS = {
     "observe": "reading",
+    "survey": "surveying",
     "least_squares": "solving",
     "functional_difference": "difference",
     "match": "matching",
@@ -27,34 +30,6 @@ STEPS = {
     "match_spread": "spread",
     "install_blocks": "blocks",
 }
-
-
-class VGG16(nn.Module):
-    """Laid out as torchvision's `vgg16`: `features`, `classifier`."""
-
-    def __init__(self, classes: int = 1000) -> None:
-        super().__init__()
-        layers, channels = [], 3
-        for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0):
-            if width:
-                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
-                channels = width
-            else:
-                layers.append(nn.MaxPool2d(2))
-        self.features = nn.Sequential(*layers)
-        self.avgpool = nn.AdaptiveAvgPool2d(7)
-        self.classifier = nn.Sequential(
-            nn.Linear(512 * 7 * 7, 4096), nn.ReLU(inplace=True), nn.Dropout(),
-            nn.Linear(4096, 4096), nn.ReLU(inplace=True), nn.Dropout(),
-            nn.Linear(4096, classes),
-        )  # fmt: skip
-        for module in self.features:
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits."""
-        return self.classifier(self.avgpool(self.features(images)).flatten(1))
 
 
 def peak() -> float:
@@ -120,12 +95,23 @@ def main() -> None:
         for name in STEPS:
             if getattr(module, name, None) is not None and callable(getattr(module, name)):
                 watch.follow(module, name)
-    watch.follow(sys.modules["taskzip.observation"].Observer, "observe")
+    for name in ("observe", "survey"):
+        watch.follow(sys.modules["taskzip.observation"].Observer, name)
     start = time.perf_counter()
     zipped = tz.zip(tasks, share=1.0, progress=False)
     watch.begin("end")
     print(f"zipped in {(time.perf_counter() - start) / 60:.1f} minutes, peak memory {peak():.2f} GB")
     print(zipped.summary())
+    if options.save:
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.perf_counter()
+            zipped.save(Path(folder) / "joint.safetensors")
+            loaded = tz.load(Path(folder) / "joint.safetensors", {name: VGG16() for name in zipped})
+            same = all(torch.equal(loaded[t.name](t.data[0][:1]), zipped[t.name](t.data[0][:1])) for t in tasks)
+            print(
+                f"saved and loaded in {time.perf_counter() - start:.0f} s, {'equal' if same else 'NOT EQUAL'}; "
+                f"peak memory {peak():.2f} GB"
+            )
 
 
 if __name__ == "__main__":

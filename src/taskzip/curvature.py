@@ -17,6 +17,9 @@ from taskzip.factored import Factored, dense, quadratic, restricted
 _SMALL = 1024
 """Up to so many columns rows are summed up however few they are: the matrices are small."""
 
+_BLOCK = 512
+"""Columns of the blocks in which a larger one is summed up."""
+
 _FEW = 0.25
 """Rows per column up to which they are kept: with more, the span of two tasks' rows costs what matrices cost."""
 
@@ -65,7 +68,7 @@ class LayerStatistics:
             zeros = self._square.new_zeros
             self._sums = _Sums(zeros(self._columns, self._columns), zeros(self._columns, len(self._square)))
         for x, z, weight in self._kept:
-            self._sums.gram.add_(weight * (x.mT @ x))
+            self._sums.gram.add_(weight * _gram(x))
             self._sums.cross.add_(weight * (x.mT @ z))
         self._kept.clear()
 
@@ -142,6 +145,19 @@ class LayerStatistics:
     def _factored(self) -> Factored:
         rows = torch.cat([weight**0.5 * x.double() for x, _, weight in self._kept])
         return Factored(rows, rows.new_zeros(self._columns))
+
+
+def _gram(x: Float[Tensor, "rows d"]) -> Float[Tensor, "d d"]:
+    """x^T x; where it is large, blocks below the diagonal are copies of those above."""
+    d = x.shape[1]
+    if d <= _SMALL:
+        return x.mT @ x
+    gram = x.new_empty(d, d)
+    for start in range(0, d, _BLOCK):
+        stop = min(start + _BLOCK, d)
+        gram[start:stop, start:] = x[:, start:stop].mT @ x[:, start:]
+        gram[stop:, start:stop] = gram[start:stop, stop:].mT
+    return gram
 
 
 @overload

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Console
@@ -19,6 +21,9 @@ from taskzip.settings import Norms, Residual, Settings, read_settings
 from taskzip.task import Task
 from taskzip.zipped import ZippedModel
 from taskzip.zipper import Zipper, layer_name
+
+log = logging.getLogger("taskzip")
+"""Says at level INFO what became of each layer, and how long it took."""
 
 
 def zip_tasks(
@@ -124,7 +129,10 @@ def _zip(tasks: Sequence[Task], settings: Settings, progress: bool) -> ZippedMod
         zipper = Zipper(members, layers, settings)
         for layer in layers:
             bar.update(todo, description=f"zipping {layer_name(layer)}")
+            start = time.perf_counter()
             record = zipper.zip(layer)
+            seconds = time.perf_counter() - start
+            log.info("%s: %d of %s rows shared, %.1f s", record.name, record.shared, record.units, seconds)
             zipped.history.layers.append(record)
             if record.shared and (steps := settings.retraining.after(record.name)):
                 settings.retraining.run(zipped, tasks, steps, seed=settings.seed)
