@@ -46,9 +46,12 @@ class JointSpaces:
                 self._unite(spaces)
         self._writers: dict[int, list[int]] = {}
         self._twisted = {joint for joint in self._joint.values() if self._is_twisted(joint)}
+        tasks: dict[int, set[int]] = {}
         for index, layer in enumerate(layers):
             for part in self.parts(layer):
                 self._writers.setdefault(part.joint, []).append(index)
+                if tasks.setdefault(part.joint, set(part.spaces)) != set(part.spaces):
+                    self._twisted.add(part.joint)
             for t, each in layer.items():
                 for joint in self._read(t, each.columns):
                     if joint not in self._writers:
@@ -61,7 +64,10 @@ class JointSpaces:
 
     @property
     def twisted(self) -> set[int]:
-        """The joint spaces of which no single layer can choose the order, as it is read before, or split elsewhere."""
+        """The joint spaces of which no single layer can choose the order.
+
+        They are read before they are written, are several spaces of one network, or have layers that some tasks lack.
+        """
         return self._twisted
 
     def members_of(self, joint: int) -> list[tuple[int, int]]:

@@ -69,6 +69,8 @@ class Zipper:
         return self._record(layers, shared, sum(joint.cost for joint in joints) if shared else 0.0, before, note)
 
     def _quota(self, layers: JointLayers, parts: Sequence[Part]) -> Quota:
+        if list(layers) != [0] and len(layers) == 1:  # a layer of another network alone, perhaps of the same name
+            return Quota(0)
         units = sum(part.units for part in parts) or min(layer.units for layer in layers.values())
         return self.settings.plan.quota(layer_name(layers), units)
 
@@ -78,9 +80,7 @@ class Zipper:
         for t, member in enumerate(self.members):
             own = {layer[t].name: layer[t] for layer in layers if t in layer and self.spaces.parts(layer)}
             seen = _survey(member, self.settings, own)
-            sides.append(
-                {name: self._side(t, x, member.weights(x), seen[name], normed=None) for name, x in own.items()}
-            )
+            sides.append({name: self._side(t, x, member.weights(x), seen[name]) for name, x in own.items()})
         slots = stream_slots(
             self.members,
             layers,
@@ -116,10 +116,10 @@ class Zipper:
         return inputs, parts, "" if parts else obstacle
 
     def _side(
-        self, task: int, layer: Layer, weights: Tensor, statistics: LayerStatistics, *, normed: bool | None
+        self, task: int, layer: Layer, weights: Tensor, statistics: LayerStatistics, *, normed: bool = True
     ) -> TaskLayer:
-        """A task's layer, free of its units' scale where batch-norm follows."""
-        if layer.batch_norm if normed is None else normed:
+        """A task's layer, free of its units' scale where batch-norm follows, if that is wanted."""
+        if layer.batch_norm and normed:
             weights = weights / self.members[task].batch_norm_scale(layer)[:, None]
         samples, balance = self.members[task].samples, self.settings.balance[task]
         return TaskLayer(task, layer, weights, statistics, samples, balance, self.settings.damping)
