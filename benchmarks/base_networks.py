@@ -10,7 +10,7 @@ such as ``resnet20-digit lenet``, of those whose names begin with one of them. T
 Learning rate and weight decay were chosen with LeNet-300-100 on the last 10,000 training images of MNIST
 (1.5 to 1.9% wrong for all that was tried), never on a test set; the networks then learn from all 60,000.
 ResNet-20 keeps both: after 125 steps on garments it had 15.4% of the last 5,000 training images wrong, with peaks of
-0.002 and 0.015 it had 14.8 and 16.4%. Its epochs, one to three, are what two CPU cores do in an hour.
+0.002 and 0.015 it had 14.8 and 16.4%. Its epochs, one to three, are what one CPU core does in an hour for all seven.
 """
 
 import os
