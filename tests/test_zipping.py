@@ -399,6 +399,16 @@ def test_layers_of_different_shape_stay_private() -> None:
         assert torch.equal(zipped[name](x), model(x))
 
 
+def test_networks_may_differ_in_depth() -> None:
+    """Layers of the same name correspond; more in test_correspondence."""
+    models, data = [fc(4, 6, 5, 3), fc(4, 7, 3)], [[vectors(20, 4)], [vectors(20, 4)]]
+    zipped = run_zip(models, data)
+    assert [(r.names, r.shared) for r in zipped.history.layers] == [(("0", "0"), 6), (("2", "2"), 0), (("4", ""), 0)]
+    assert zipped.parameter_count() == count(*models) - 6 * 5
+    for name, (x,) in zip("ab", data, strict=True):
+        assert torch.isfinite(zipped[name](x)).all()
+
+
 def test_half_the_pixels_behind_the_flatten_differ() -> None:
     """Kernels read 4 times by one network and 9 times by the other have no common columns behind the flatten."""
     other = nn.Sequential(*cnn())
@@ -672,14 +682,6 @@ def test_models_instead_of_tasks() -> None:
 def test_the_same_name_twice() -> None:
     a, b = fc_tasks()
     rejected([a, tz.Task("a", b.model, b.data)], "two tasks are called 'a'")
-
-
-def test_different_depth() -> None:
-    a, _ = fc_tasks()
-    rejected(
-        [a, tz.Task("b", fc(4, 6, 3), [vectors(8, 4)])],
-        r"differ in depth: 'a' has 3 \(0, 2, 4\); 'b' has 2 \(0, 2\)",
-    )
 
 
 def test_no_layers_at_all() -> None:

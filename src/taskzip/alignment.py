@@ -50,37 +50,46 @@ class JointInputs:
     segments: tuple[Segment, ...]
     bias: Owners
 
-    def common(self, tasks: Iterable[int]) -> CommonInputs:
-        """The inputs that all of these tasks share."""
-        wanted = set(tasks)
-        segments = [s for s in self.segments if wanted <= set(s.owners)]
-        return CommonInputs(self.layers, segments, wanted <= set(self.bias))
+    def common(self, owners: Iterable[int], task: int) -> CommonInputs:
+        """The inputs that a task shares with any of these owners."""
+        others = set(owners)
+        segments = [s for s in self.segments if task in s.owners and others & set(s.owners)]
+        shares_bias = task in self.bias and others & set(self.bias)
+        return CommonInputs(self.layers, segments, self.bias if shares_bias else ())
 
 
 class CommonInputs:
-    """The vector w~ of the paper: weights from inputs that certain tasks share, the bias (if all have one) last."""
+    """The vector w~ of the paper: weights from inputs that certain tasks share, the bias last.
 
-    def __init__(self, layers: Mapping[int, Layer], segments: Sequence[Segment], bias: bool) -> None:
+    A task has those segments that it owns; the others are fictive connections to it.
+    """
+
+    def __init__(self, layers: Mapping[int, Layer], segments: Sequence[Segment], bias: Owners) -> None:
         self._layers = layers
         self._segments = segments
-        self.bias = bias
+        self._bias = bias
         self.taps = next(iter(layers.values())).taps
         self.channels = sum(s.size for s in segments)
-        self.width = self.channels * self.taps + bias
+        self.width = self.channels * self.taps + bool(bias)
+
+    @property
+    def bias(self) -> bool:
+        """Whether the bias is one of the weights."""
+        return bool(self._bias)
 
     def columns(self, task: int) -> Tensor:
         """The columns of the task's weight matrix [units, inputs * taps + 1] that are common."""
-        channels = np.concatenate([np.empty(0, np.int64), *(s.channels[task] for s in self._segments)])
-        bias = [self._layers[task].inputs * self.taps] if self.bias else []
-        return torch.from_numpy(np.append(self._taps_of(channels), bias).astype(np.int64))
+        own = [s.channels[task] for s in self._segments if task in s.owners]
+        bias = [self._layers[task].inputs * self.taps] if task in self._bias else []
+        return self._tensor(np.concatenate([np.empty(0, np.int64), *own]), bias)
 
     def places(self, task: int) -> Tensor:
-        """Where these columns lie in the common vector; where the task's own input is smaller, some are left out."""
+        """Where these columns lie in the common vector."""
         starts = np.cumsum([0, *(s.size for s in self._segments)])
-        channels = [np.arange(len(s.channels[task])) + start for s, start in zip(self._segments, starts, strict=False)]
-        bias = [self.width - 1] if self.bias else []
-        places = self._taps_of(np.concatenate([np.empty(0, np.int64), *channels]))
-        return torch.from_numpy(np.append(places, bias).astype(np.int64))
+        pairs = zip(self._segments, starts, strict=False)
+        own = [np.arange(len(s.channels[task])) + start for s, start in pairs if task in s.owners]
+        bias = [self.width - 1] if task in self._bias else []
+        return self._tensor(np.concatenate([np.empty(0, np.int64), *own]), bias)
 
     def weights(self, task: int, rows: Float[Tensor, "units d1"]) -> Float[Tensor, "units width"]:
         """The common part of a task's weights, 0 where a connection is fictive."""
@@ -89,9 +98,10 @@ class CommonInputs:
             return part
         return rows.new_zeros(len(rows), self.width).index_copy(1, self.places(task).to(rows.device), part)
 
-    def real(self, task: int) -> Bool[Tensor, " width"]:
-        """Which of the common connections the task has; the others are fictive."""
-        return torch.zeros(self.width, dtype=torch.bool).index_fill_(0, self.places(task), True)
+    def real(self, tasks: Iterable[int]) -> Bool[Tensor, " width"]:
+        """Which of the common connections any of the tasks has; the others are fictive."""
+        places = torch.cat([self.places(task) for task in tasks])
+        return torch.zeros(self.width, dtype=torch.bool).index_fill_(0, places, True)
 
     def curvature(self, task: int, h: Float[Tensor, "d d"] | Factored) -> Float[Tensor, "width width"] | Factored:
         """A curvature over the task's common columns with zeros for fictive connections."""
@@ -111,8 +121,9 @@ class CommonInputs:
         columns, places = self.columns(task).to(rows.device), self.places(task).to(rows.device)
         return rows.index_copy(1, columns, common[:, places])
 
-    def _taps_of(self, channels: np.ndarray) -> np.ndarray:
-        return (channels[:, None] * self.taps + np.arange(self.taps)).ravel()
+    def _tensor(self, channels: np.ndarray, bias: list[int]) -> Tensor:
+        taps = (channels[:, None] * self.taps + np.arange(self.taps)).ravel()
+        return torch.from_numpy(np.append(taps, bias).astype(np.int64))
 
 
 def align_inputs(

@@ -74,7 +74,7 @@ def _mapped(names: Sequence[str], networks: Sequence[Sequence[Layer]], how: Mapp
 
 
 def _known(where: str, task: str, name: object, known: Mapping[str, int]) -> None:
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise InputError(f"{where} names layer {name!r}; the layers of task {task!r} are {', '.join(known)}.")
 
 

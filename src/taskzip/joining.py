@@ -180,7 +180,7 @@ class JointLayer:
 
     def _add(self, task: int) -> None:
         """Pair the units of one more task with joint units, and merge the weights of the pairs."""
-        candidates = [(owners, self._inputs.common((*owners, task))) for owners in self.groups]
+        candidates = [(owners, self._inputs.common(owners, task)) for owners in self.groups]
         meetings = [_Meeting(self, owners, task, common) for owners, common in candidates if common.channels]
         slots = np.concatenate([np.empty(0, np.int64), *(self.groups[m.owners].slots for m in meetings)])
         pairs = self._pair(task, [m.difference for m in meetings], slots)
@@ -208,7 +208,9 @@ class JointLayer:
         cost = np.concatenate([np.empty((0, new)), *(each.double().cpu().numpy() for each in difference)])
         method, seed = pairing.matching, pairing.seed
         self.slots[task] = (
-            assign_slots(cost, slots, count, method=method, seed=seed) if self._given is None else self._given[task]
+            assign_slots(cost, slots, count, quota, method=method, seed=seed)
+            if self._given is None
+            else self._given[task]
         )
         pairs = pair_in_slots(
             cost, slots, self.slots[task], count=quota.pairs, threshold=quota.threshold, method=method, seed=seed
@@ -251,13 +253,18 @@ class _Meeting:
         sides = joint._sides
         own = [sides[t].curvature(common) for t in owners]
         self._curvatures = (sum(own[1:], start=own[0]), sides[task].curvature(common))
-        widest = max(range(len(owners)), key=lambda k: len(common.columns(owners[k])))
-        self._widest = owners[widest]
-        rows = joint.weights[owners[widest]][joint._rows_of(owners[widest], self.units[:, widest])]
-        new = joint.weights[task][joint._rows[task].flatten()]
-        self._weights = (common.weights(owners[widest], rows), common.weights(task, new))
+        self._weights = (self._gathered(joint), common.weights(task, joint.weights[task][joint._rows[task].flatten()]))
         self._height = joint._rows[task].shape[1]
         self.difference = functional_difference(*self._weights, *self._curvatures, rows=self._height)
+
+    def _gathered(self, joint: JointLayer) -> Tensor:
+        """The joint weights: what several owners have, all of them have alike."""
+        whole = joint.weights[self.task].new_zeros(len(self.units) * joint._rows[self.task].shape[1], self.common.width)
+        for k, t in enumerate(self.owners):
+            rows = joint.weights[t][joint._rows_of(t, self.units[:, k])]
+            places, columns = (each.to(whole.device) for each in (self.common.places(t), self.common.columns(t)))
+            whole[:, places] = rows[:, columns]
+        return whole
 
     def merged(self, joint: Tensor, new: Tensor) -> Tensor:
         """The common weights of pairs, [pairs * rows of a unit, common width]."""
@@ -270,7 +277,8 @@ class _Meeting:
         one, other = (support(w, bias=self.common.bias) for w in weights)
         if one is None or other is None:
             return None
-        real = [self.common.real(t) for t in (self._widest, self.task)]  # where a task has none, the other one decides
+        # Where one of them has none, the other one decides.
+        real = [self.common.real(self.owners).to(one.device), self.common.real([self.task]).to(one.device)]
         return denser([torch.where(real[0], one, other), torch.where(real[1], other, one)])
 
 

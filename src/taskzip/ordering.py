@@ -7,7 +7,8 @@ from first to last layer, with the orders found so far, until the orders of the 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,11 +19,15 @@ from taskzip.difference import functional_difference
 from taskzip.joining import TaskLayer
 from taskzip.matching import Matching
 from taskzip.members import Member, Slots
+from taskzip.plan import Quota
 from taskzip.slots import assign_slots
 from taskzip.spaces import JointSpaces, Part
 
 _WALKS = 5
 """At most so many walks through the networks; most settle after two or three."""
+
+Quotas = Callable[[JointLayers, Part], Quota]
+"""How much of a part of a joint layer may share its weights."""
 
 Sides = Mapping[str, TaskLayer]
 """The layers of one task by name."""
@@ -35,6 +40,7 @@ def stream_slots(
     coupled: Collection[int],
     sides: Sequence[Sides],
     *,
+    quota: Quotas,
     matching: Matching,
     seed: int,
 ) -> list[Slots]:
@@ -46,6 +52,7 @@ def stream_slots(
         spaces: their joint spaces.
         coupled: the joint spaces to put into order.
         sides: per task, the weights and curvatures of its original layers.
+        quota: how much of a part of a joint layer shares weights.
         matching, seed: how units find their partners.
 
     Returns:
@@ -53,7 +60,7 @@ def stream_slots(
     """
     slots: list[Slots] = [{} for _ in members]
     for task, member in enumerate(members):
-        walk = _Walk(members, layers, spaces, sides, slots, task, matching, seed)
+        walk = _Walk(members, layers, spaces, sides, slots, task, quota, matching, seed)
         for _ in range(_WALKS):
             before = {space: slots[task].get(space) for space in range(len(member.structure.spaces))}
             walk.through(coupled)
@@ -73,16 +80,18 @@ class _Walk:
         sides: Sequence[Sides],
         slots: list[Slots],
         task: int,
+        quota: Quotas,
         matching: Matching,
         seed: int,
     ) -> None:
+        self._quota = quota
         self._members, self._layers, self._spaces, self._sides = members, layers, spaces, sides
         self._slots, self._task, self._matching, self._seed = slots, task, matching, seed
 
     def through(self, coupled: Collection[int]) -> None:
         """One walk: spaces of one layer follow at once; streams while they are new, and then again at the end."""
         known = set(self._slots[self._task])
-        costs: dict[int, tuple[int, np.ndarray]] = {}
+        costs: dict[int, tuple[int, _Costs]] = {}
         for layer in self._layers:
             for part in self._spaces.parts(layer) if self._task in layer else []:
                 if self._task not in part.rows:
@@ -98,23 +107,20 @@ class _Walk:
             if joint in coupled:
                 self._settle(space, joint, cost)
 
-    def _settle(self, space: int, joint: int, cost: np.ndarray) -> None:
-        if len(cost):
-            slots = assign_slots(cost, np.arange(len(cost)), len(cost), method=self._matching, seed=self._seed)
-        else:
-            slots = np.arange(len(self._members[self._task].structure.spaces[space].units))
+    def _settle(self, space: int, joint: int, cost: _Costs) -> None:
+        mean = cost.mean()
+        slots = assign_slots(mean, np.arange(len(mean)), len(mean), cost.quota, method=self._matching, seed=self._seed)
         self._slots[self._task][space] = (joint, slots)
 
-    def _cost(self, layer: JointLayers, part: Part) -> np.ndarray:
-        """The summed difference to the units of earlier tasks in each slot of the joint space, [slots, units]."""
+    def _cost(self, layer: JointLayers, part: Part) -> _Costs:
+        """The difference to the units of earlier tasks in each slot of the joint space."""
         task = self._task
-        earlier = [t for t in part.rows if t < task]
+        quota = self._quota(layer, part)
         count = max((1 + int(slots.max()) for slots in self._settled(part.joint)), default=0)
-        cost = np.zeros((count, len(part.rows[task])))
-        for t in earlier:
+        cost = _Costs(np.zeros((count, len(part.rows[task]))), np.zeros((count, 1)), quota)
+        for t in [t for t in part.rows if t < task]:
             pair = {t: layer[t], task: layer[task]}
-            inputs = align_inputs(self._members, pair, dict(enumerate(self._slots)))
-            common = inputs.common(pair)
+            common = align_inputs(self._members, pair, dict(enumerate(self._slots))).common([t], task)
             if common.channels:
                 sides = [self._sides[each][layer[each].name] for each in pair]
                 d = functional_difference(
@@ -122,11 +128,40 @@ class _Walk:
                     *(side.curvature(common) for side in sides),
                     rows=part.rows[task].shape[1],
                 )
-                cost[self._slots[t][part.spaces[t]][1]] += d.cpu().numpy()
+                slots = self._slots[t][part.spaces[t]][1]
+                cost.total[slots] += (d if quota.threshold is None else d.clamp_max(quota.threshold)).cpu().numpy()
+                cost.times[slots] += 1
         return cost
 
     def _settled(self, joint: int) -> list[np.ndarray]:
         return [slots for t in range(self._task) for each, slots in self._slots[t].values() if each == joint]
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """Summed differences between slots and units.
+
+    Attributes:
+        total: [slots, units].
+        times: [slots, 1], of how many differences; where of none, slot and units have nothing in common.
+        quota: what the layers may share of these units.
+    """
+
+    total: np.ndarray
+    times: np.ndarray
+    quota: Quota
+
+    def __add__(self, other: _Costs) -> _Costs:
+        """Of two layers; the larger quota counts."""
+        quota = max(self.quota, other.quota, key=lambda quota: quota.pairs)
+        limits = [q.threshold for q in (self.quota, other.quota)]
+        threshold = None if None in limits else max(limit for limit in limits if limit is not None)
+        return _Costs(self.total + other.total, self.times + other.times, Quota(quota.pairs, threshold))
+
+    def mean(self) -> np.ndarray:
+        """The mean difference, so that a slot with units of few tasks is not the nearest for that."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where(self.times > 0, self.total / self.times, np.inf)
 
 
 def _same(before: tuple[int, np.ndarray] | None, after: tuple[int, np.ndarray]) -> bool:

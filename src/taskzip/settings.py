@@ -49,7 +49,7 @@ class Settings:
             "residual": self.residual,
             "aligned": self.aligned,
             "batch_norm": self.batch_norm,
-            "layers": dict(self.layers) if isinstance(self.layers, Mapping) else self.layers,
+            "layers": _plain(self.layers),
             "damping": self.damping,
             "ridge": self.ridge,
             "max_rows": self.max_rows,
@@ -95,6 +95,11 @@ def read_settings(
         retrain if isinstance(retrain, Retraining) else Retraining(0 if retrain is None else retrain),
         checked_seed(seed),
     )
+
+
+def _plain(layers: object) -> object:
+    """A correspondence as JSON knows it."""
+    return {k: _plain(v) for k, v in layers.items()} if isinstance(layers, Mapping) else layers
 
 
 def _balance(names: Sequence[str], balance: float | Sequence[float] | Mapping[str, float] | None) -> tuple[float, ...]:

@@ -9,28 +9,37 @@ from __future__ import annotations
 import numpy as np
 
 from taskzip.matching import Matching, Pairs, choose, match_costs
+from taskzip.plan import Quota
 
 
-def assign_slots(cost: np.ndarray, slots: np.ndarray, count: int, *, method: Matching, seed: int) -> np.ndarray:
-    """A slot for every unit of a new task: as many as possible take one that is there, at the least cost.
+def assign_slots(
+    cost: np.ndarray, slots: np.ndarray, count: int, quota: Quota, *, method: Matching, seed: int
+) -> np.ndarray:
+    """A slot for every unit of a new task: first for those that are to share weights, then for the others.
 
     Args:
-        cost: d between joint and new units, [joint, new]; of several joint units in a slot the nearest counts.
-        slots: the slot of each joint unit, [joint]; slots that none of them has cost more than any other.
+        cost: d between joint and new units, [joint, new], infinite where they have nothing in common; of several joint
+            units in a slot the nearest counts.
+        slots: the slot of each joint unit, [joint].
         count: how many slots there are.
+        quota: how many pairs will share their weights, and up to which d; these come first.
         method, seed: as for `match`.
 
     Returns:
-        [new] slots; those from `count` on are new ones.
+        [new] slots; those from `count` on are new ones, for units that have nothing in common with what is there.
     """
     new = cost.shape[1]
     nearest = np.full((count, new), np.inf)
     np.minimum.at(nearest, slots, cost)
-    finite = nearest[np.isfinite(nearest)]
-    nearest[~np.isfinite(nearest)] = 2 * finite.max(initial=0) + 1
-    a, b = match_costs(nearest, min(count, new), method=method, seed=seed)
     taken = np.full(new, -1)
-    taken[b] = a
+    for pairs, threshold in ((quota.pairs, quota.threshold), (new, None)):
+        a, b = np.setdiff1d(np.arange(count), taken), np.flatnonzero(taken < 0)
+        d = nearest[np.ix_(a, b)]
+        limit = np.nanmax(d, initial=0, where=np.isfinite(d)) if threshold is None else threshold
+        finite = np.where(np.isfinite(d), d, 2 * limit + 1)
+        i, j = match_costs(finite, min(pairs, *d.shape), method=method, seed=seed, threshold=threshold)
+        good = d[i, j] <= limit
+        taken[b[j[good]]] = a[i[good]]
     left = taken < 0
     taken[left] = count + np.arange(left.sum())
     return taken

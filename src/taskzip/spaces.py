@@ -77,7 +77,7 @@ class JointSpaces:
     def parts(self, layer: JointLayers) -> list[Part]:
         """The units of a joint layer by joint space, where at least two tasks have them."""
         found: dict[int, dict[int, list[tuple[int, np.ndarray]]]] = {}
-        for t, each in layer.items():
+        for t, each in alike(layer).items():
             for space, rows in self._members[t].structure.parts(each).items():
                 if (t, space) in self._joint:
                     found.setdefault(self._joint[t, space], {}).setdefault(t, []).append((space, rows))
@@ -85,20 +85,16 @@ class JointSpaces:
         for joint, tasks in found.items():
             alone = {t: each[0] for t, each in tasks.items() if len(each) == 1}
             height = next(iter(alone.values()))[1].shape[1] if alone else 0
-            alike = {t: each for t, each in alone.items() if each[1].shape[1] == height}
-            if len(alike) > 1:
-                parts.append(Part(joint, {t: s for t, (s, _) in alike.items()}, {t: r for t, (_, r) in alike.items()}))
+            level = {t: each for t, each in alone.items() if each[1].shape[1] == height}
+            if len(level) > 1:
+                parts.append(Part(joint, {t: s for t, (s, _) in level.items()}, {t: r for t, (_, r) in level.items()}))
         return parts
 
     def _met(self, layer: JointLayers) -> list[list[tuple[int, int]]]:
         """The spaces of one joint layer that belong together: the first with the first, and so on."""
-        alike: list[list[tuple[int, int]]] = []
-        form = ""
-        for t, each in layer.items():
-            if each.spaces and (not alike or (each.form == form and len(each.spaces) == len(alike[0]))):
-                form = each.form
-                alike.append([(t, space) for space in each.spaces])
-        return [list(each) for each in zip(*alike, strict=True)] if len(alike) > 1 else []
+        spaces = [[(t, space) for space in each.spaces] for t, each in alike(layer).items()]
+        spaces = [each for each in spaces if len(each) == len(spaces[0])]
+        return [list(each) for each in zip(*spaces, strict=True)] if len(spaces) > 1 else []
 
     def _unite(self, spaces: Sequence[tuple[int, int]]) -> None:
         known = {self._joint[each] for each in spaces if each in self._joint}
@@ -114,3 +110,10 @@ class JointSpaces:
             return set()
         spaces = np.unique(self._members[task].structure.space_of(columns))
         return {self._joint[task, space] for space in spaces.tolist() if (task, space) in self._joint}
+
+
+def alike(layers: JointLayers) -> JointLayers:
+    """The layers of a joint layer that can have weights in common: those of the kind and kernel that most have."""
+    able = {t: layer for t, layer in layers.items() if not layer.pinned}
+    forms = [layer.form for layer in able.values()]
+    return {t: layer for t, layer in able.items() if layer.form == max(forms, key=forms.count)}

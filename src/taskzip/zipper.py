@@ -22,7 +22,7 @@ from taskzip.ordering import stream_slots
 from taskzip.plan import Quota
 from taskzip.recalibration import batch_norm_statistics, least_squares
 from taskzip.settings import Settings
-from taskzip.spaces import JointSpaces, Part
+from taskzip.spaces import JointSpaces, Part, alike
 from taskzip.zipped import LayerRecord
 
 
@@ -74,6 +74,11 @@ class Zipper:
         units = sum(part.units for part in parts) or min(layer.units for layer in layers.values())
         return self.settings.plan.quota(layer_name(layers), units)
 
+    def _quota_of(self, layers: JointLayers, part: Part) -> Quota:
+        parts = self.spaces.parts(layers)
+        quotas = _divided(self._quota(layers, parts), [each.units for each in parts])
+        return next(quota for each, quota in zip(parts, quotas, strict=True) if each.joint == part.joint)
+
     def _couple(self, layers: Sequence[JointLayers], coupled: Collection[int]) -> None:
         """Put the units of residual streams into one order, and every network's own in the order of slots."""
         sides = []
@@ -87,6 +92,7 @@ class Zipper:
             self.spaces,
             coupled,
             sides,
+            quota=self._quota_of,
             matching=self.settings.matching,
             seed=self.settings.seed,
         )
@@ -97,23 +103,25 @@ class Zipper:
 
     def _participants(self, layers: JointLayers) -> tuple[JointInputs, list[Part], str]:
         """The tasks whose layers share, the inputs they share, the units that can pair; or why there are none."""
-        obstacle = "" if len(layers) > 1 else "no other network has such a layer"
-        able: JointLayers = {}
-        for t, layer in layers.items():
-            first = next(iter(able.values()), layer)
-            if layer.pinned:
-                obstacle = obstacle or f"{self.members[t].task.name}: {layer.pinned}"
-            elif (layer.kind, layer.kernel) != (first.kind, first.kernel):
-                obstacle = obstacle or f"a {first.form} and a {layer.form} have no weights in common"
-            else:
-                able[t] = layer
+        able = alike(layers)
         parts = self.spaces.parts(able) if len(able) > 1 else []
-        if len(able) > 1 and not parts:
+        obstacle = "" if len(layers) == len(able) else self._obstacle(layers, able)
+        if len(layers) == 1:
+            obstacle = obstacle or "no other network has such a layer"
+        elif len(able) > 1 and not parts:
             obstacle = "its units are used in different ways by the networks"
         inputs = align_inputs(self.members, able)
         if parts and not inputs.segments:
             parts, obstacle = [], "no inputs in common (what it reads is not shared, or differs in size)"
         return inputs, parts, "" if parts else obstacle
+
+    def _obstacle(self, layers: JointLayers, able: JointLayers) -> str:
+        """Why some of the layers cannot take part."""
+        for t, layer in layers.items():
+            if layer.pinned:
+                return f"{self.members[t].task.name}: {layer.pinned}"
+        first, other = next(iter(able.values())), next(x for t, x in layers.items() if t not in able)
+        return f"a {first.form} and a {other.form} have no weights in common"
 
     def _side(
         self, task: int, layer: Layer, weights: Tensor, statistics: LayerStatistics, *, normed: bool = True

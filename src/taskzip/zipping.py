@@ -54,8 +54,8 @@ def zip_tasks(
         tasks: two or more tasks; widths, depths and inputs may differ. They are added one after another to the joint
             network (Sec. 3.4); a unit of a later task may join units that others share already.
         share: how much to share: a fraction of each hidden layer's units (of the smaller one), a dict by layer name
-            with fractions (float) or counts (int), or `Threshold(eps)`. Layers are called as in the first task's
-            network.
+            with fractions (float) or counts (int; an attention head counts as one), or `Threshold(eps)`. Layers are
+            called as in the first task's network.
         balance: the weight of each task's error (alpha): a dict by task name or a sequence, summing to 1; a single
             number is the first task's. Default: equal.
         matching: "optimal" (exact minimum-cost pairs), "greedy" (the paper's) or "random".
@@ -66,8 +66,8 @@ def zip_tasks(
             of the stream's units for all of them, by their summed functional difference; nothing is re-ordered at run
             time. "independent": each by itself, and a gather restores the order of the stream.
         aligned: whether a later layer shares its weights over all inputs, as if all units of the layer before it were
-            paired (Sec. 3.7), or only over inputs whose units share their weights. Default: where there are residual
-            streams, which need one order of their units anyway.
+            paired (Sec. 3.7), or only over inputs whose units share their weights. Units of residual streams are paired
+            in any case. Default: where there are residual streams.
         batch_norm: "private": every task keeps its own, and its statistics follow the merged weights (design 2.4);
             "fold": it becomes part of the layer before it, so that fully shared layers are common to all tasks. One
             that does not directly follow a layer stays private.
@@ -161,7 +161,7 @@ def _checked(tasks: Sequence[Task]) -> Sequence[Task]:
 
 
 def _check_names(argument: str, named: Iterable[str], layers: Sequence[JointLayers]) -> None:
-    known = [layer_name(layer) for layer in layers]
+    known = list(dict.fromkeys(layer_name(layer) for layer in layers if 0 in layer or len(layer) > 1))
     for name in named:
         if name not in known:
-            raise InputError(f"{argument} names layer {name!r}; the layers are {', '.join(known)}.")
+            raise InputError(f"{argument} names layer {name!r}; the layers that can be named are {', '.join(known)}.")

@@ -36,13 +36,13 @@ def test_residual_without_projection() -> None:
         second=conv(7, 6),
         out=conv(6, 3),
     )
-    assert_orders_hold(
+    structure = assert_orders_hold(
         model,
         IMAGES,
-        free=["first"],
-        pinned={"stem": "has the same units as second", "second": "has the same units as stem"},
+        free=["stem", "first", "second"],
         moves={"stem.weight": 0, "first.weight": 1, "second.bias": 0, "out.weight": 1},
     )
+    assert [layer.spaces for layer in structure.layers] == [(0,), (1,), (0,), ()]
 
 
 def test_residual_with_projection() -> None:
@@ -61,10 +61,10 @@ def test_residual_with_projection() -> None:
     structure = assert_orders_hold(
         Block(),
         IMAGES,
-        free=["a"],
-        pinned={"b": "has the same units as side"},
+        free=["a", "b", "side"],
         moves={"side.weight": 0, "out.weight": 1},
     )
+    assert structure.layer("b").spaces == structure.layer("side").spaces != structure.layer("a").spaces
     assert structure.layer("b").batch_norm is not None
     assert structure.layer("b").columns is not None
     assert (
@@ -149,7 +149,8 @@ def test_concatenated_along_another_axis() -> None:
         b=nn.Linear(5, 6),
         out=nn.Linear(6, 3),
     )
-    assert_orders_hold(model, VECTORS, pinned={"a": "has the same units as b"}, moves={"a.weight": 0, "b.bias": 0})
+    structure = assert_orders_hold(model, VECTORS, free=["a", "b"], moves={"a.weight": 0, "b.bias": 0})
+    assert len(structure.spaces) == 1
 
 
 def test_split_and_joined_again() -> None:
@@ -160,9 +161,13 @@ def test_split_and_joined_again() -> None:
         out=nn.Linear(7, 3),
     )
     structure = assert_orders_hold(
-        model, VECTORS, free=["middle"], pinned={"first": "used in different ways"}, moves={"first.weight": 0}
+        model, VECTORS, free=["middle"], partly={"first": "2 units, 4 units"}, moves={"first.weight": 0}
     )
     assert sorted(len(space.units) for space in structure.spaces) == [2, 4, 5]
+    assert [rows.tolist() for rows in structure.parts(structure.layer("first")).values()] == [
+        [[0], [1]],
+        [[2], [3], [4], [5]],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -174,7 +179,9 @@ def test_gated_halves(halves: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None
         return m.out(value * gate.sigmoid())
 
     model = Net(do, first=nn.Linear(5, 8), out=nn.Linear(4, 3))
-    structure = assert_orders_hold(model, VECTORS, pinned={"first": "only together"}, moves={"first.weight": 0})
+    structure = assert_orders_hold(
+        model, VECTORS, partly={"first": "4 units of 2 rows"}, moves={"first.weight": 0, "out.weight": 1}
+    )
     assert structure.spaces[0].positions(structure.axes["first.bias"][0]).tolist() == [[i, i + 4] for i in range(4)]
 
 
@@ -182,7 +189,8 @@ def test_a_slice_of_units() -> None:
     model = Net(
         lambda m, x: m.out((y := m.first(x))[:, ::2]) + y[:, 4:].sum(), first=nn.Linear(5, 8), out=nn.Linear(4, 3)
     )
-    structure = assert_orders_hold(model, VECTORS, moves={"first.weight": 0})
+    four = "2 units, 2 units, 2 units, 2 units"
+    structure = assert_orders_hold(model, VECTORS, partly={"first": four}, moves={"first.weight": 0})
     assert sorted(sorted(space.units.tolist()) for space in structure.spaces) == [[0, 2], [1, 3], [4, 6], [5, 7]]
 
 
@@ -193,7 +201,7 @@ def test_a_slice_that_cuts_all_units_alike() -> None:
 
 def test_a_slice_that_cuts_one_unit() -> None:
     model = Net(lambda m, x: m.out(m.first(x).flatten(1)[:, 1:]), first=nn.Conv2d(2, 4, 7), out=nn.Linear(15, 3))
-    structure = assert_orders_hold(model, IMAGES)
+    structure = assert_orders_hold(model, IMAGES, partly={"first": "3 units, 1 fixed"})
     assert movable(structure, "first.weight").tolist() == [False, True, True, True]
 
 
@@ -201,7 +209,7 @@ def test_one_unit_by_its_number() -> None:
     model = Net(
         lambda m, x: m.out(y := m.first(x)) + y[:, 2, None] * y[:, -1:], first=nn.Linear(5, 6), out=nn.Linear(6, 3)
     )
-    structure = assert_orders_hold(model, VECTORS)
+    structure = assert_orders_hold(model, VECTORS, partly={"first": "4 units, 2 fixed"})
     assert movable(structure, "first.weight").tolist() == [True, True, False, True, True, False]
 
 
@@ -320,8 +328,8 @@ def test_inverted_residual_with_squeeze_and_excitation() -> None:
     assert_orders_hold(
         model,
         IMAGES,
-        free=["squeeze", "project"],
-        pinned={"expand": "has the same units as excite", "depthwise": "grouped"},
+        free=["expand", "squeeze", "excite", "project"],
+        pinned={"depthwise": "grouped"},
         moves={"expand.weight": 0, "depthwise.weight": 0, "excite.weight": 0},
     )
 
@@ -331,8 +339,9 @@ def test_inverted_residual_with_squeeze_and_excitation() -> None:
 
 def test_one_module_called_twice_on_different_units() -> None:
     model = Net(lambda m, x: m.out(m.b(m.b(m.a(x)).relu())), a=nn.Linear(5, 6), b=nn.Linear(6, 6), out=nn.Linear(6, 3))
-    structure = assert_orders_hold(model, VECTORS, pinned={"a": "has the same units as b"}, moves={"b.weight": 1})
+    structure = assert_orders_hold(model, VECTORS, free=["a", "b"], moves={"b.weight": 1})
     assert structure.layer("b").calls == 2
+    assert structure.layer("a").spaces == structure.layer("b").spaces == (0,)
     assert (structure.axes["b.weight"][0] == structure.axes["b.weight"][1]).all()
 
 
@@ -429,26 +438,28 @@ def test_units_that_are_read_before_they_are_computed() -> None:
         second=nn.Linear(7, 6),
         out=nn.Linear(6, 2),
     )
-    assert_orders_hold(
-        model, VECTORS, pinned={"second": "first reads its units before it has run"}, moves={"second.bias": 0}
+    structure = assert_orders_hold(
+        model, VECTORS, free=["first", "inputs", "second"], moves={"second.bias": 0, "start": 0}
     )
+    assert structure.layers[0].name == "first"  # it reads the units of the layer that runs last
+    assert (structure.space_of(structure.layers[0].columns) == structure.layer("second").spaces).all()
 
 
 # --- writing in place ---------------------------------------------------------------------------------------------
 
-IN_PLACE: dict[str, tuple[Callable[..., object], str]] = {
-    "a fixed value everywhere": (lambda m, x, y: y[0].fill_(0.5), "free"),
-    "some rows from others": (lambda m, x, y: y[:1].copy_(y[1:2].relu()), "free"),
-    "masked": (lambda m, x, y: y.masked_fill_(y < 0.1, 0.5), "free"),
-    "a view with a parameter": (lambda m, x, y: y.view(1, 3, 6)[0, 1:].add_(m.shift), "free"),
-    "units of another layer": (lambda m, x, y: y.mul_(m.other(x)), "has the same units as other"),
-    "one unit": (lambda m, x, y: y[:, 0].zero_(), "different"),
-    "some units": (lambda m, x, y: y[:, 1:4].fill_(0.5), "different"),
-    "some units from others": (lambda m, x, y: y[:, :3].copy_(y[:, 3:].relu()), "together"),
-    "some units from the input": (lambda m, x, y: y[:, 1:4].copy_(x[:, :3]), "copy_ with a fixed order"),
+IN_PLACE: dict[str, tuple[Callable[..., object], str]] = {  # what is printed of the layer, or a part of the reason
+    "a fixed value everywhere": (lambda m, x, y: y[0].fill_(0.5), "yes"),
+    "some rows from others": (lambda m, x, y: y[:1].copy_(y[1:2].relu()), "yes"),
+    "masked": (lambda m, x, y: y.masked_fill_(y < 0.1, 0.5), "yes"),
+    "a view with a parameter": (lambda m, x, y: y.view(1, 3, 6)[0, 1:].add_(m.shift), "yes"),
+    "units of another layer": (lambda m, x, y: y.mul_(m.other(x)), "yes"),
+    "one unit": (lambda m, x, y: y[:, 0].zero_(), "yes, 5 units, 1 fixed"),
+    "some units": (lambda m, x, y: y[:, 1:4].fill_(0.5), "yes, 3 units, 3 units"),
+    "some units from others": (lambda m, x, y: y[:, :3].copy_(y[:, 3:].relu()), "yes, 3 units of 2 rows"),
+    "some units from the input": (lambda m, x, y: y[:, 1:4].copy_(x[:, :3]), "yes, 3 units, 3 fixed"),
     "with a fixed order": (lambda m, x, y: y.t().add_(torch.arange(6.0)[:, None]), "add_ with a fixed order"),
-    "a view in another shape": (lambda m, x, y: y.view(3, 2, 3)[:, 0].relu_(), "different"),
-    "heads": (lambda m, x, y: y.view(3, 2, 3).mul_(torch.arange(3.0)), "together"),
+    "a view in another shape": (lambda m, x, y: y.view(3, 2, 3)[:, 0].relu_(), "yes, 3 units, 3 units"),
+    "heads": (lambda m, x, y: y.view(3, 2, 3).mul_(torch.arange(3.0)), "yes, 2 units of 3 rows"),
     "an op that is not known": (lambda m, x, y: y[1:].index_fill_(1, torch.tensor([2]), 0.0), "not known"),
 }
 
@@ -463,8 +474,10 @@ def test_in_place(op: str) -> None:
         return m.out(y.tanh())
 
     model = Net(do, first=nn.Linear(5, 6), other=nn.Linear(5, 6), out=nn.Linear(6, 3), shift=torch.randn(6))
-    if expected == "free":
+    if expected == "yes":
         assert_orders_hold(model, VECTORS, free=["first"])
+    elif expected.startswith("yes, "):
+        assert_orders_hold(model, VECTORS, partly={"first": expected.removeprefix("yes, ")}, orders=4)
     else:
         assert_orders_hold(model, VECTORS, pinned={"first": expected})
 
@@ -556,7 +569,7 @@ def test_everything_has_the_same_size() -> None:
         scale=torch.randn(4, 1, 4),
         out=nn.Linear(4, 4),
     )
-    assert_orders_hold(model, torch.randn(4, 4, 4, 4), pinned={"a": "has the same units as b"}, moves={"scale": 0})
+    assert_orders_hold(model, torch.randn(4, 4, 4, 4), free=["a", "b"], moves={"scale": 0})
 
 
 def test_mixing_over_places_and_over_channels() -> None:
@@ -602,7 +615,7 @@ def test_heads_move_as_wholes(kind: str) -> None:
         model,
         SEQUENCES,
         free=["proj"],
-        pinned=dict.fromkeys("qkv", "only together"),
+        partly={"q": "3 units of 2 rows", "k": "3 units of 2 rows", "v": "3 units of 5 rows"},
         moves={"q.weight": 0, "k.bias": 0, "v.weight": 0, "proj.weight": 1},
         orders=4,
     )
@@ -635,7 +648,7 @@ def test_fused_projections(parts: Callable[[Tensor], tuple[Tensor, ...]]) -> Non
         out=nn.Linear(10, 2),
     )
     structure = assert_orders_hold(
-        model, SEQUENCES, pinned={"qkv": "only together"}, moves={"qkv.weight": 0, "out.weight": 1}, orders=4
+        model, SEQUENCES, partly={"qkv": "2 units of 15 rows"}, moves={"qkv.weight": 0, "out.weight": 1}, orders=4
     )
     assert [len(space.units) for space in structure.spaces] == [2]
 
@@ -685,8 +698,8 @@ def test_attention_of_torch(weights: bool) -> None:
     assert_orders_hold(
         model,
         SEQUENCES,
-        free=["first"],
-        pinned={"attention.in_proj_weight": "only together"},
+        free=["first", "attention.out_proj"],
+        partly={"attention.in_proj_weight": "3 units of 12 rows"},
         moves={"attention.in_proj_weight": 0, "attention.out_proj.weight": 1},
         orders=4,
     )
@@ -698,11 +711,14 @@ def test_a_transformer_layer() -> None:
     structure = assert_orders_hold(
         model,
         SEQUENCES,
-        free=["1.linear1"],
-        pinned={"1.self_attn.in_proj_weight": "its units move only together"},
+        free=["0", "1.self_attn.out_proj", "1.linear1", "1.linear2"],
+        partly={"1.self_attn.in_proj_weight": "2 units of 12 rows"},
         moves={"0.weight": 0, "1.self_attn.in_proj_bias": 0, "1.self_attn.out_proj.weight": 1},
     )
     assert structure.layer("1.self_attn.in_proj_weight").bias == "1.self_attn.in_proj_bias"
+    assert {layer.spaces for layer in structure.layers if layer.name in ("0", "1.self_attn.out_proj", "1.linear2")} == {
+        structure.layer("0").spaces
+    }
 
 
 # --- inputs and outputs of any form -------------------------------------------------------------------------------
@@ -936,4 +952,4 @@ class Random(nn.Module):
 def test_random_networks(seeds: range) -> None:
     structures = [assert_orders_hold(Random(seed), torch.randn(2, 2, 4, 4), orders=3) for seed in seeds]
     assert sum(len(structure.spaces) for structure in structures) >= 8  # they are not all pinned
-    assert sum(layer.space is not None for structure in structures for layer in structure.layers) >= 8
+    assert sum(bool(layer.spaces) for structure in structures for layer in structure.layers) >= 8

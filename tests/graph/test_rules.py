@@ -80,7 +80,7 @@ def test_transposed_convolution(groups: int) -> None:
         assert [layer.name for layer in structure.layers] == ["conv", "out"]  # it is none of the layers to share
     else:
         moves = {"conv.weight": 0, "up.weight": 0, "up.bias": 0, "out.weight": 1}
-        assert_orders_hold(model, IMAGES, pinned={"conv": "only together"}, moves=moves)
+        assert_orders_hold(model, IMAGES, partly={"conv": "2 units of 3 rows"}, moves=moves)
 
 
 @pytest.mark.parametrize("multiplier", [1, 3])
@@ -106,7 +106,14 @@ def test_depthwise_with_a_multiplier_in_a_residual_moves_units_in_blocks() -> No
         side=nn.Conv2d(2, 6, 1),
         out=nn.Conv2d(6, 2, 1),
     )
-    assert_orders_hold(model, IMAGES, pinned={"side": "only together"}, moves={"conv.weight": 0, "side.weight": 0})
+    assert_orders_hold(
+        model,
+        IMAGES,
+        free=["conv"],
+        pinned={"dw": "a grouped convolution"},
+        partly={"side": "3 units of 2 rows"},
+        moves={"conv.weight": 0, "side.weight": 0},
+    )
 
 
 def test_groups_of_a_convolution_move_as_wholes() -> None:
@@ -114,7 +121,8 @@ def test_groups_of_a_convolution_move_as_wholes() -> None:
     structure = assert_orders_hold(
         model,
         IMAGES,
-        pinned={"before": "only together", "grouped": "grouped"},
+        pinned={"grouped": "grouped"},
+        partly={"before": "3 units of 3 rows"},
         moves={"before.weight": 0, "grouped.weight": 0, "after.weight": 1},
         orders=4,
     )
@@ -256,9 +264,7 @@ def test_attention_of_one_head_leaves_the_units_of_queries_and_keys_alike() -> N
         v=nn.Linear(11, 5),
         out=nn.Linear(5, 3),
     )
-    assert_orders_hold(
-        model, SEQUENCES, free=["v"], pinned={"q": "has the same units as k"}, moves={"q.weight": 0, "k.bias": 0}
-    )
+    assert_orders_hold(model, SEQUENCES, free=["q", "k", "v"], moves={"q.weight": 0, "k.bias": 0})
 
 
 # --- element by element -------------------------------------------------------------------------------------------
@@ -442,7 +448,7 @@ def test_group_norm_of_one_group_or_one_channel_each(groups: int) -> None:
 
 def test_group_norm_lets_units_move_within_their_group() -> None:
     model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.GroupNorm(2, 6), nn.Conv2d(6, 3, 1))
-    structure = assert_orders_hold(model, IMAGES, pinned={"0": "used in different ways"}, moves={"0.weight": 0})
+    structure = assert_orders_hold(model, IMAGES, partly={"0": "3 units, 3 units"}, moves={"0.weight": 0})
     assert [len(space.units) for space in structure.spaces] == [3, 3]
 
 
@@ -531,7 +537,6 @@ NOT_ALIKE: dict[str, tuple[Callable[..., Tensor], str]] = {
     "roll of all": (lambda m, x: x + x.roll(1), "roll goes along it"),
     "fft": (lambda m, x: torch.fft.fft(x).abs(), "op fft_fft is not known"),
     "chosen by units": (lambda m, x: x + x[:, (x[0] > 0).long()], "chosen by number"),
-    "reversed": (lambda m, x: x + x[:, [5, 4, 3, 2, 1, 0]], "only together"),
     "upper half": (lambda m, x: x.triu(), "cuts a corner off"),
     "gathered": (lambda m, x: x + x.gather(1, (x > 0).long()), "chosen by number"),
     "argmax": (lambda m, x: x + x.argmax(1, keepdim=True), "gives the numbers of units"),
@@ -552,9 +557,15 @@ def test_ops_that_tell_units_apart(op: str) -> None:
     assert_orders_hold(between_linear(do), VECTORS, pinned={"before": reason})
 
 
+def test_units_that_meet_their_mirror_image_move_in_pairs() -> None:
+    model = between_linear(lambda m, x: x + x[:, [5, 4, 3, 2, 1, 0]])
+    structure = assert_orders_hold(model, VECTORS, partly={"before": "3 units of 2 rows"}, moves={"after.weight": 1})
+    assert structure.parts(structure.layer("before"))[0].tolist() == [[0, 5], [1, 4], [2, 3]]
+
+
 def test_pixel_shuffle_moves_the_units_of_a_new_channel_together() -> None:
     model = between_conv(lambda m, x: F.pixel_shuffle(x, 2).relu(), units=12, read=3)
-    structure = assert_orders_hold(model, IMAGES, pinned={"before": "only together"}, moves={"after.weight": 1})
+    structure = assert_orders_hold(model, IMAGES, partly={"before": "3 units of 4 rows"}, moves={"after.weight": 1})
     assert structure.spaces[0].positions(structure.axes["before.bias"][0])[1].tolist() == [4, 5, 6, 7]
 
 
@@ -566,7 +577,8 @@ def test_pixel_unshuffle_repeats_units() -> None:
 @pytest.mark.parametrize("do", [lambda x: F.glu(x, 1), lambda x: F.glu(x.flatten(2), -2)[..., None]])
 def test_glu(do: Callable[[Tensor], Tensor]) -> None:
     model = between_conv(lambda m, x: do(x), units=8, read=4)
-    assert_orders_hold(model, IMAGES, pinned={"before": "only together"}, moves={"before.weight": 0, "after.weight": 1})
+    moves = {"before.weight": 0, "after.weight": 1}
+    assert_orders_hold(model, IMAGES, partly={"before": "4 units of 2 rows"}, moves=moves)
 
 
 def test_units_taken_in_an_order_that_is_written_down() -> None:
@@ -672,5 +684,5 @@ def test_channels_padded_with_zeros_stay_free() -> None:
         b=nn.Conv2d(4, 7, 1),
         out=nn.Conv2d(7, 2, 1),
     )
-    structure = assert_orders_hold(model, IMAGES, pinned={"b": "padding"}, moves={"a.weight": 0})
+    structure = assert_orders_hold(model, IMAGES, free=["a"], partly={"b": "4 units, 3 fixed"}, moves={"a.weight": 0})
     assert movable(structure, "b.weight").tolist() == [False, True, True, True, True, False, False]

@@ -14,8 +14,8 @@ from taskzip.graph import Layer, Space, Structure, analyse
 
 
 def linear(name: str, **options: object) -> Layer:
-    given = {"kind": "linear", "units": 4, "inputs": 6, "kernel": (), "calls": 1, "space": None, "columns": None}
-    given |= {"reads_input": False, "pinned": "", "bias": None} | options
+    given = {"kind": "linear", "units": 4, "inputs": 6, "kernel": (), "calls": 1, "spaces": (), "columns": None}
+    given |= {"rows": np.empty(0, np.int64), "reads_input": False, "pinned": "", "bias": None} | options
     return Layer(name=name, weight=f"{name}.weight", **given)  # type: ignore[arg-type]
 
 
@@ -74,6 +74,34 @@ def test_a_layer_by_name() -> None:
         structure.layer("c")
 
 
+@pytest.mark.parametrize(
+    ("rows", "spaces", "said"),
+    [
+        ([10, 11, 12], (0,), "yes"),
+        ([10, 11, 12, 10, 11, 12], (0,), "yes, 3 units of 2 rows"),
+        ([99, 10, 11, 12, 98], (0,), "yes, 3 units, 2 fixed"),
+        ([10, 20, 11, 21, 12], (0, 1), "yes, 3 units, 2 units"),
+        ([20, 21, 10, 11, 12, 20, 21], (1, 0), "yes, 2 units of 2 rows, 3 units"),
+        ([20, 10, 10, 11, 99, 11, 12, 12, 21], (1, 0), "yes, 2 units, 3 units of 2 rows, 1 fixed"),
+    ],
+)
+def test_how_a_layer_can_be_shared(rows: list[int], spaces: tuple[int, ...], said: str) -> None:
+    layer = linear("a", rows=np.array(rows), units=len(rows), spaces=spaces)
+    structure = Structure((layer,), (Space(np.array([10, 11, 12])), Space(np.array([20, 21]))), {})
+    assert structure.sharing(layer) == said
+    assert structure.sharing(linear("b", pinned="a single unit")) == "a single unit"
+
+
+def test_the_rows_of_each_unit() -> None:
+    """In the order in which the units lie in their space at present, the rows of each ascending."""
+    layer = linear("a", rows=np.array([21, 11, 20, 10, 11, 10, 99]), units=7, spaces=(1, 0))
+    structure = Structure((layer,), (Space(np.array([10, 11])), Space(np.array([20, 21]))), {})
+    parts = structure.parts(layer)
+    assert list(parts) == [1, 0]
+    assert parts[0].tolist() == [[3, 5], [1, 4]]
+    assert parts[1].tolist() == [[2], [0]]
+
+
 def test_taps() -> None:
     assert linear("a").taps == 1
     assert linear("a", kernel=(3, 5)).taps == 15
@@ -98,8 +126,8 @@ def test_the_table_of_a_network() -> None:
     assert str(analyse(Residual(), torch.randn(2, 3, 6, 6), call)) == "\n".join(
         [
             "layer   kind        units  reads               space  shareable",
-            "stem    conv2d 3x3      8  3 inputs            -      has the same units as branch",
-            "branch  conv2d 3x3      8  8 of s0             -      has the same units as stem",
+            "stem    conv2d 3x3      8  3 inputs            s0     yes",
+            "branch  conv2d 3x3      8  8 of s0             s0     yes",
             "wide    conv2d 1x1     12  8 of s0             s1     yes",
             "head    linear          5  8 of s0 + 12 of s1  -      an output of the network",
         ]
@@ -109,7 +137,7 @@ def test_the_table_of_a_network() -> None:
 def test_long_names_and_reasons_are_folded() -> None:
     layers = [
         linear("encoder.layers.11.self_attention.output.dense_projection", pinned="a reason that takes " * 8 + "space"),
-        linear("x", columns=np.arange(60), space=2),
+        linear("x", columns=np.arange(60), spaces=(2,), rows=np.array([6, 7]), units=2),
     ]
     spaces = tuple(Space(np.array([3 * i, 3 * i + 1])) for i in range(20))
     printed = str(Structure(tuple(layers), spaces, {}))
@@ -118,7 +146,7 @@ def test_long_names_and_reasons_are_folded() -> None:
     assert all(line == line.rstrip() and line for line in lines)
     assert "".join(line[:28].strip() for line in lines[1:3]) == layers[0].name
     words = printed.split()
-    assert words.count("reason") == 8 and words.count("2") == 20 and "s19" in printed
+    assert words.count("reason") == 8 and words.count("2") == 21 and "s19" in printed
 
 
 def test_a_network_without_layers_prints_the_head() -> None:
@@ -146,7 +174,7 @@ def test_wide_layers_take_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
                 if ids is not None:
                     space.positions(ids)
     assert time.perf_counter() - start < 3
-    assert [layer.space for layer in structure.layers] == [0, 1, 2, None]
+    assert [layer.spaces for layer in structure.layers] == [(0,), (1,), (2,), ()]
     assert structure.spaces[0].positions(structure.axes["2.weight"][1]).shape == (512, 49)
 
 
