@@ -338,3 +338,55 @@ def test_zipping_gives_the_same_network(
     for task in given_:
         batch = next(task.batches())
         torch.testing.assert_close(zipped[task.name](batch), wanted[task.name](batch), rtol=1e-6, atol=1e-6)
+
+
+# --- pruned networks ----------------------------------------------------------------------------------------------
+
+
+def pruned(w: Tensor, rows: list[int]) -> Tensor:
+    """Some rows with most of their connections missing, one of them with none left but the bias."""
+    for row in rows:
+        w[row, torch.randperm(w.shape[1] - 1)[: D // 2]] = 0
+    w[rows[0], :-1] = 0
+    return w
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_update_of_pruned_units_is_that_of_matrices(case: str) -> None:
+    h, w = CASES[case](), [some(5, D), some(5, D)]
+    exists = pruned(some(5, D), [1, 3]) != 0
+    wanted = merge_weights(w, [dense(each) for each in h], exists)
+    for found in (merge_weights(w, h, exists), merge_weights(w, [h[0], dense(h[1])], exists)):
+        assert_close(found, wanted)
+        assert (found[~exists] == 0).all()
+
+
+@pytest.mark.usefixtures("_rows_are_kept")
+@pytest.mark.parametrize("ridge", [1e-3, 1.0, 0.0])
+@pytest.mark.parametrize("bias", [True, False])
+def test_least_squares_of_pruned_units_are_the_same(ridge: float, bias: bool) -> None:
+    kept, summed = both_forms()
+    now = pruned(some(4, D + 1), [0, 2])
+    if not bias:
+        now[:, -1] = 0
+    found = least_squares(kept, now, ridge, bias=bias)
+    assert_close(found, least_squares(summed, now, ridge, bias=bias))
+    assert (found[now == 0] == 0).all()
+
+
+def test_a_few_zeros_by_chance_need_no_large_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among the 100 M weights that torch draws for VGG-16's first linear layer about six are exactly 0."""
+    monkeypatch.setattr("taskzip.curvature._SMALL", 0)
+    form, given_ = Factored.dense, tasks()
+    for task in given_:
+        with torch.no_grad():
+            task.model.get_parameter("first.weight")[3, 5] = 0
+            task.model.get_parameter("conv.weight")[:2, 7] = 0
+
+    def small(h: Factored) -> Tensor:
+        assert len(h) < 100
+        return form(h)
+
+    monkeypatch.setattr(Factored, "dense", small)
+    zipped = tz.zip(given_, share=1.0, progress=False)
+    assert zipped.history.layers[0].shared == 160

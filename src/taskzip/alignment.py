@@ -93,7 +93,10 @@ class CommonInputs:
 
     def weights(self, task: int, rows: Float[Tensor, "units d1"]) -> Float[Tensor, "units width"]:
         """The common part of a task's weights, 0 where a connection is fictive."""
-        part = rows[:, self.columns(task).to(rows.device)]
+        columns = self.columns(task)
+        if self.width == rows.shape[1] and torch.equal(columns, torch.arange(self.width)):
+            return rows
+        part = rows[:, columns.to(rows.device)]
         if part.shape[1] == self.width:
             return part
         return rows.new_zeros(len(rows), self.width).index_copy(1, self.places(task).to(rows.device), part)

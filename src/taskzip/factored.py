@@ -34,9 +34,6 @@ class Factored:
     def __rmul__(self, factor: float) -> Factored:
         return Factored(factor**0.5 * self.rows, factor * self.diagonal)
 
-    def __matmul__(self, right: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
-        return self.rows.mT @ (self.rows @ right) + self.diagonal[:, None] * right
-
     def __add__(self, other: Float[Tensor, "d d"] | Factored) -> Float[Tensor, "d d"] | Factored:
         """The sum; dense where the other one is, or where so many rows come together that this is smaller."""
         if isinstance(other, Tensor):
@@ -50,6 +47,10 @@ class Factored:
         """H + damping * mean(diag(H)) * I."""
         mean = (self.rows.square().sum(0) + self.diagonal).mean()
         return Factored(self.rows, self.diagonal + damping * mean)
+
+    def restricted(self, columns: Int[Tensor, " c"] | slice) -> Factored:
+        """H over some of its columns."""
+        return Factored(self.rows[:, columns], self.diagonal[columns])
 
     def placed(self, places: Int[Tensor, " d"], width: int) -> Factored:
         """H as a part of a larger matrix, with its columns at these places and zeros elsewhere."""
@@ -116,7 +117,7 @@ def restricted(
 ) -> Float[Tensor, "c c"] | Factored:
     """A curvature over some of its columns."""
     if isinstance(h, Factored):
-        return Factored(h.rows[:, columns], h.diagonal[columns])
+        return h.restricted(columns)
     return h[columns][:, columns]
 
 

@@ -129,9 +129,12 @@ class Member:
 
     def weights(self, layer: Layer) -> Tensor:
         """All incoming weights of a layer as they are now, float64 [units, inputs * taps + 1], the bias last."""
-        weight = self.network.get_parameter(layer.weight).detach().double().flatten(1)
-        bias = weight.new_zeros(len(weight)) if layer.bias is None else self.network.get_parameter(layer.bias).detach()
-        return torch.cat([weight, bias[:, None]], dim=1)
+        weight = self.network.get_parameter(layer.weight).detach().flatten(1)
+        whole = weight.new_zeros(len(weight), weight.shape[1] + 1, dtype=torch.float64)
+        whole[:, :-1] = weight
+        if layer.bias is not None:
+            whole[:, -1] = self.network.get_parameter(layer.bias).detach()
+        return whole
 
     def set_weights(self, layer: Layer, weights: Tensor) -> None:
         """Write incoming weights back into the working copy."""

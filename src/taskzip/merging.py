@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from taskzip.curvature import solve_symmetric
-from taskzip.factored import Factored, dense, span_of
-from taskzip.sparsity import solve_on_support
+from taskzip.factored import Factored, Span, dense
+from taskzip.sparsity import fit_on_support, solve_on_support
 
 
 def merge_weights(
@@ -29,18 +29,30 @@ def merge_weights(
         exists: the connections that the merged units have, where not all; the others are 0 (Sec. 3.6), and the error
             is the least that is possible without them.
     """
+    few = [h for h in curvatures if isinstance(h, Factored)]
+    if len(few) == len(curvatures):
+        return _merged_in_span(weights, few, exists)
+    matrices = [dense(h) for h in curvatures]
+    return _merged(weights, matrices) if exists is None else _merged_on_support(weights, matrices, exists)
+
+
+def _merged_in_span(
+    weights: Sequence[Float[Tensor, "units d"]], curvatures: Sequence[Factored], exists: Bool[Tensor, "units d"] | None
+) -> Float[Tensor, "units d"]:
+    span = Span(curvatures)
+    means = _column_means(weights, span.diagonals)
+    merged = span.with_inside(means, _merged([span.inside(w) for w in weights], span.curvatures))
     if exists is not None:
-        return _merged_on_support(weights, curvatures, exists)
-    span = span_of(curvatures)
-    if span is None:
-        return _merged(weights, [dense(h) for h in curvatures])
-    inside = _merged([span.inside(w) for w in weights], span.curvatures)
-    return span.with_inside(_column_means(weights, span.diagonals), inside)
+        pruned = (~exists.all(1)).nonzero().flatten()
+        total = Factored(torch.cat([h.rows for h in curvatures]), torch.stack(span.diagonals).sum(0))
+        answers = torch.cat([h.rows @ w[pruned].mT for h, w in zip(curvatures, weights, strict=True)])
+        merged[pruned] = fit_on_support(total, answers, means[pruned], exists[pruned])
+    return merged
 
 
 def _merged_on_support(
     weights: Sequence[Float[Tensor, "units d"]],
-    curvatures: Sequence[Float[Tensor, "d d"] | Factored],
+    curvatures: Sequence[Float[Tensor, "d d"]],
     exists: Bool[Tensor, "units d"],
 ) -> Float[Tensor, "units d"]:
     first = weights[0] * exists

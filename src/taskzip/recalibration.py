@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from taskzip.curvature import LayerStatistics, damped, solve_symmetric
-from taskzip.factored import Factored, Span, restricted
-from taskzip.sparsity import solve_on_support, support
+from taskzip.curvature import LayerStatistics, damped
+from taskzip.factored import Factored, restricted
+from taskzip.sparsity import fit, fit_on_support, solve_on_support, support
 
 Moments = tuple[Float[Tensor, " units"], Float[Tensor, " units"]]
 """Mean and variance of each unit."""
@@ -38,24 +38,27 @@ def least_squares(
     d = weights.shape[1] if bias else weights.shape[1] - 1
     h, present = restricted(statistics.curvature, slice(0, d)), weights[:, :d]
     exists = support(present, bias=bias)
-    if isinstance(h, Factored) and exists is None:
-        solved = _solved_in_span(h, statistics.answers, present, ridge)
+    if isinstance(h, Factored):
+        solved = _fitted(damped(h, ridge), statistics.answers, present, exists)
     else:
-        pull = ridge * (h.rows.square().mean(1).sum() if isinstance(h, Factored) else h.diagonal().mean())
+        pull = ridge * h.diagonal().mean()
         solved = solve_on_support(damped(h, ridge), statistics.cross[:d] + pull * present.mT, exists).mT
     return solved if bias else torch.cat([solved, weights[:, d:]], dim=1)
 
 
-def _solved_in_span(
-    h: Factored, answers: Float[Tensor, "n units"], present: Float[Tensor, "units d"], ridge: float
+def _fitted(
+    h: Factored,
+    answers: Float[Tensor, "n units"],
+    present: Float[Tensor, "units d"],
+    exists: Bool[Tensor, "units d"] | None,
 ) -> Float[Tensor, "units d"]:
-    """Least squares over few rows: what they do not tell stays as it is, or becomes 0 where no ridge holds it."""
-    pulled = damped(h, ridge)
-    span = Span([pulled])
-    inside = span.inside(present)
-    right = span.inside(h.rows).mT @ answers + span.inside_diagonal(pulled.diagonal)[:, None] * inside.mT
-    solved = solve_symmetric(span.curvatures[0], right).mT
-    return span.with_inside(present if pulled.diagonal.any() else torch.zeros_like(present), solved)
+    """Least squares over few rows: what they do not tell stays, or becomes 0 where no ridge holds it."""
+    prior = present if h.diagonal.any() else torch.zeros_like(present)
+    solved = fit(h, answers, prior)
+    if exists is not None:
+        pruned = (~exists.all(1)).nonzero().flatten()
+        solved[pruned] = fit_on_support(h, answers[:, pruned], prior[pruned], exists[pruned])
+    return solved
 
 
 def match_spread(

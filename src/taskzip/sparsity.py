@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from taskzip.curvature import solve_symmetric
-from taskzip.factored import Factored, dense, restricted
+from taskzip.factored import Factored, Span
 
 
 def support(weights: Float[Tensor, "units d"], *, bias: bool) -> Bool[Tensor, "units d"] | None:
@@ -34,19 +34,43 @@ def denser(supports: Sequence[Bool[Tensor, "units d"] | None]) -> Bool[Tensor, "
 
 
 def solve_on_support(
-    h: Float[Tensor, "d d"] | Factored, right: Float[Tensor, "d k"], exists: Bool[Tensor, "k d"] | None
+    h: Float[Tensor, "d d"], right: Float[Tensor, "d k"], exists: Bool[Tensor, "k d"] | None
 ) -> Float[Tensor, "d k"]:
     """H^-1 right, column by column over the connections that exist, 0 elsewhere.
 
     Column k minimises 1/2 w^T H w - w^T right among all w with that support.
     """
     if exists is None:
-        return solve_symmetric(dense(h), right)
+        return solve_symmetric(h, right)
     solved = torch.zeros_like(right)
     whole = exists.all(1)
     if whole.any():
-        solved[:, whole] = solve_symmetric(dense(h), right[:, whole])
+        solved[:, whole] = solve_symmetric(h, right[:, whole])
     for k in (~whole).nonzero().flatten().tolist():
         places = exists[k].nonzero().flatten()
-        solved[places, k] = solve_symmetric(dense(restricted(h, places)), right[places, k, None])[:, 0]
+        if len(places):
+            solved[places, k] = solve_symmetric(h[places[:, None], places], right[places, k, None])[:, 0]
     return solved
+
+
+def fit(h: Factored, answers: Float[Tensor, "n units"], prior: Float[Tensor, "units d"]) -> Float[Tensor, "units d"]:
+    """The weights of least |U w - answers|^2 + (w - prior)^T D (w - prior), for H = U^T U + diag(D).
+
+    What the rows do not tell stays as it is in `prior`.
+    """
+    span = Span([h])
+    inside = span.inside(prior)
+    right = span.inside(h.rows).mT @ answers + span.inside_diagonal(h.diagonal)[:, None] * inside.mT
+    return span.with_inside(prior, solve_symmetric(span.curvatures[0], right).mT)
+
+
+def fit_on_support(
+    h: Factored, answers: Float[Tensor, "n units"], prior: Float[Tensor, "units d"], exists: Bool[Tensor, "units d"]
+) -> Float[Tensor, "units d"]:
+    """The same, unit by unit over the connections that exist, 0 elsewhere."""
+    found = torch.zeros_like(prior)
+    for k in range(len(prior)):
+        places = exists[k].nonzero().flatten()
+        if len(places):
+            found[k, places] = fit(h.restricted(places), answers[:, k, None], prior[None, k, places])[0]
+    return found

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -228,3 +228,26 @@ def test_saves_through_a_symbolic_link_readable_by_others(zipped: tz.ZippedModel
     assert path.stat().st_mode == plain.stat().st_mode
     with pytest.raises(tz.CheckpointError, match="there is no folder"):
         zipped.save(plain / "x.safetensors")
+
+
+def test_interrupted_between_tensors_leaves_nothing(zipped: tz.ZippedModel, path: Path, monkeypatch) -> None:
+    before = path.read_bytes()
+
+    def half(_: object, part: Path, **__: object) -> None:
+        part.write_bytes(before[:100])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("taskzip.zipped.checkpoint.save_file", half)
+    with pytest.raises(KeyboardInterrupt):
+        zipped.save(path)
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_what_the_system_says_is_passed_on(zipped: tz.ZippedModel, path: Path, monkeypatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("taskzip.zipped.checkpoint.save_file", full)
+    with pytest.raises(tz.CheckpointError, match=r"cannot write .*: No space left on device\. Is the folder writable"):
+        zipped.save(path)
