@@ -673,7 +673,7 @@ def test_strangers_run_save_and_load(name: str, tasks: int, tmp_path: Path) -> N
     "tasks",
     [
         2,
-        pytest.param(3, marks=pytest.mark.xfail(reason="what b and c share of a+b+c is tied, not merged", strict=True)),
+        3,
     ],
 )
 def test_cutting_weights_into_blocks_changes_none_of_them(tasks: int) -> None:

@@ -227,7 +227,7 @@ def test_other_ways_of_matching(matching: str) -> None:
     again = run_zip(models, x, matching=matching, share=0.6)
     optimal = run_zip(models, x, share=0.6)
     assert costs(again) == costs(zipped)
-    assert sum(costs(zipped).values()) != sum(costs(optimal).values())
+    assert matching == "greedy" or sum(costs(zipped).values()) > sum(costs(optimal).values())
     for task, each in zip("ab", x, strict=True):
         assert torch.isfinite(zipped[task](each)).all()
 
@@ -261,22 +261,14 @@ def test_a_network_is_found_within_wider_ones(order: tuple[int, ...], residual_:
     assert units == [7, 6, 7, 6, 7, 0]
 
 
-def unless_fixed(*values: Any, reason: str) -> Any:
-    return pytest.param(*values, marks=pytest.mark.xfail(reason=reason, strict=True))
-
-
-KERNELS = "weights of other kernels are compared"
-RANDOM = "units that have no inputs in common with the others are aligned all the same, in any order"
-
-
 @pytest.mark.parametrize(
     ("residual_", "order"),
     [
-        unless_fixed("coupled", (0, 1, 2), reason=KERNELS),
-        unless_fixed("coupled", (0, 2, 1), reason=KERNELS),
+        ("coupled", (0, 1, 2)),
+        ("coupled", (0, 2, 1)),
         ("coupled", (2, 0, 1)),
-        unless_fixed("independent", (0, 1, 2), reason=RANDOM),
-        unless_fixed("independent", (0, 2, 1), reason=RANDOM),
+        ("independent", (0, 1, 2)),
+        ("independent", (0, 2, 1)),
         ("independent", (2, 0, 1)),
     ],
 )

@@ -10,7 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from taskzip.plan import Quota
 from taskzip.slots import assign_slots, pair_in_slots
+
+ALL = Quota(0)
+"""None come first: all units are put into slots at once."""
 
 
 class Case(NamedTuple):
@@ -40,15 +44,16 @@ def in_slots(case: Case) -> np.ndarray:
 
 
 def taken_by(case: Case, method: str, seed: int = 0) -> np.ndarray:
-    return assign_slots(case.cost, case.slots, case.count, method=method, seed=seed)  # type: ignore[arg-type]
+    return assign_slots(case.cost, case.slots, case.count, ALL, method=method, seed=seed)  # type: ignore[arg-type]
 
 
 def assert_filled(case: Case, taken: np.ndarray) -> None:
-    """Every unit has a slot of its own; as many as possible are old ones, and new ones follow in order."""
+    """Every unit has a slot of its own, no old one that no joint unit stands in; new ones follow in order."""
     new = case.cost.shape[1]
     assert taken.shape == (new,) and len(set(taken.tolist())) == new
     fresh = taken[taken >= case.count]
-    assert len(fresh) == max(0, new - case.count)
+    assert len(fresh) >= max(0, new - case.count)
+    assert set(taken[taken < case.count].tolist()) <= set(case.slots.tolist())
     assert fresh.tolist() == list(range(case.count, case.count + len(fresh)))
     assert (taken >= 0).all()
 
@@ -62,7 +67,9 @@ def test_optimal_slots_cost_least(case: Case) -> None:
         ways = [sum(table[s, u] for u, s in enumerate(way)) for way in itertools.permutations(range(case.count), new)]
     else:
         ways = [sum(table[s, u] for s, u in enumerate(way)) for way in itertools.permutations(range(new), case.count)]
-    found = sum(table[slot, unit] for unit, slot in enumerate(taken) if slot < case.count)
+    old = [(slot, unit) for unit, slot in enumerate(taken) if slot < case.count]
+    empty = min(case.count, new) - len(old)  # pairs with slots in which nothing stands
+    found = sum(table[slot, unit] for slot, unit in old) + empty * table.max(initial=0.0)
     assert found == pytest.approx(min(ways), rel=1e-9, abs=1e-12)
 
 
@@ -71,7 +78,8 @@ def test_greedy_slots_are_taken_cheapest_first(case: Case) -> None:
     taken = taken_by(case, "greedy")
     assert_filled(case, taken)
     table, wanted = in_slots(case), {}
-    pairs = sorted((table[s, u], s, u) for s in range(table.shape[0]) for u in range(table.shape[1]))
+    there = set(case.slots.tolist())
+    pairs = sorted((table[s, u], s, u) for s in there for u in range(table.shape[1]))
     for _, slot, unit in pairs:
         if slot not in wanted.values() and unit not in wanted:
             wanted[unit] = slot
@@ -88,21 +96,21 @@ def test_random_slots_do_not_look_at_the_cost(case: Case, seed: int) -> None:
 
 def test_an_empty_slot_is_the_last_choice() -> None:
     cost = np.array([[5.0, 9.0], [9.0, 9.0]])
-    taken = assign_slots(cost, np.array([0, 2]), 4, method="optimal", seed=0)
+    taken = assign_slots(cost, np.array([0, 2]), 4, ALL, method="optimal", seed=0)
     assert taken.tolist() == [0, 2]
 
 
 def test_of_several_joint_units_in_a_slot_the_nearest_counts() -> None:
     cost = np.array([[9.0, 9.0], [1.0, 5.0], [2.0, 2.0]])
-    taken = assign_slots(cost, np.array([1, 1, 0]), 2, method="optimal", seed=0)
+    taken = assign_slots(cost, np.array([1, 1, 0]), 2, ALL, method="optimal", seed=0)
     assert taken.tolist() == [1, 0]
 
 
 def test_nothing_to_pair_with() -> None:
     for count in (0, 2):
-        taken = assign_slots(np.empty((0, 3)), np.empty(0, np.int64), count, method="optimal", seed=0)
-        assert sorted(taken.tolist()) == list(range(3))
-    assert assign_slots(np.empty((2, 0)), np.array([0, 1]), 2, method="greedy", seed=0).tolist() == []
+        taken = assign_slots(np.empty((0, 3)), np.empty(0, np.int64), count, ALL, method="optimal", seed=0)
+        assert taken.tolist() == list(range(count, count + 3))
+    assert assign_slots(np.empty((2, 0)), np.array([0, 1]), 2, ALL, method="greedy", seed=0).tolist() == []
 
 
 # --- who shares weights --------------------------------------------------------------------------------------------

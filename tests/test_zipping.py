@@ -777,7 +777,7 @@ def test_a_share_of_a_layer_that_is_no_share(share: Any) -> None:
 
 
 def test_an_unknown_layer_name() -> None:
-    rejected(fc_tasks(), "share names layer 'conv1'.*layers are 0, 2, 4", share={"conv1": 0.5})
+    rejected(fc_tasks(), "share names layer 'conv1'.*can be named are 0, 2, 4", share={"conv1": 0.5})
     rejected(fc_tasks(), "share names layer 'fc'", share=tz.Threshold({"fc": 0.1}))
 
 

@@ -146,12 +146,15 @@ class Member:
 
     def parameters(self, layer: Layer) -> list[nn.Parameter]:
         """The parameters of a layer as it is now: dense ones, or blocks."""
+        return [p for name in (layer.weight, layer.bias) if name is not None for p in self._parameters(name)]
+
+    def _parameters(self, name: str) -> list[nn.Parameter]:
         blocks = installed(self.network)
-        found: list[nn.Parameter] = []
-        for name in (layer.weight, layer.bias):
-            if name is not None:
-                found += blocks[name].parameters() if name in blocks else [self.network.get_parameter(name)]
-        return found
+        return list(blocks[name].parameters()) if name in blocks else [self.network.get_parameter(name)]
+
+    def layer_weights(self) -> list[list[nn.Parameter]]:
+        """The weight of every layer as it is now: a dense parameter, or blocks."""
+        return [self._parameters(layer.weight) for layer in self.structure.layers]
 
     def connections(self) -> int:
         """How many weights of its layers are not 0."""

@@ -109,7 +109,11 @@ class _Walk:
 
     def _settle(self, space: int, joint: int, cost: _Costs) -> None:
         mean = cost.mean()
-        slots = assign_slots(mean, np.arange(len(mean)), len(mean), cost.quota, method=self._matching, seed=self._seed)
+        if np.isfinite(mean).any():
+            slots = np.arange(len(mean))
+            slots = assign_slots(mean, slots, len(mean), cost.quota, method=self._matching, seed=self._seed)
+        else:  # somewhere to begin: other layers may tell more in the next walk
+            slots = np.arange(mean.shape[1])
         self._slots[self._task][space] = (joint, slots)
 
     def _cost(self, layer: JointLayers, part: Part) -> _Costs:

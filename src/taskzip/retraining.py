@@ -86,9 +86,16 @@ class Retraining:
                 )
 
     def run(
-        self, zipped: ZippedModel, tasks: Sequence[Task], steps: int, *, seed: int, progress: bool = False
+        self,
+        zipped: ZippedModel,
+        tasks: Sequence[Task],
+        steps: int,
+        *,
+        seed: int,
+        weights: Iterable[Sequence[nn.Parameter]] | None = None,
+        progress: bool = False,
     ) -> list[dict[str, float]]:
-        """Retrain, with everything checked already."""
+        """Retrain, with everything checked already; `weights` are those of the layers, if not all are zipped yet."""
         parameters = [p for p in zipped.parameters() if p.requires_grad]
         if not parameters:
             raise InputError(
@@ -99,7 +106,7 @@ class Retraining:
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1)) if own else None
         teachers = [task.model for task in tasks] if self.loss == "distill" else []
         losses = []
-        missing = [(p, p == 0) for p in zipped.layer_weights() if p.requires_grad and 0 < p.count_nonzero() < p.numel()]
+        missing = missing_connections(zipped.layer_weights() if weights is None else weights)
         with (
             seeded(seed),
             in_eval_mode(*teachers),
@@ -207,6 +214,12 @@ def retrain(
         task.check_data()
     settings.check(tasks)
     return settings.run(zipped, tasks, int(steps), seed=checked_seed(seed), progress=progress)
+
+
+def missing_connections(weights: Iterable[Sequence[nn.Parameter]]) -> list[tuple[nn.Parameter, Tensor]]:
+    """Where weights are exactly 0; a layer that is 0 everywhere was made so, not pruned."""
+    pruned = {p for weight in weights if any(p.count_nonzero() for p in weight) for p in weight}
+    return [(p, p == 0) for p in pruned if p.requires_grad and p.count_nonzero() < p.numel()]
 
 
 def relative_adam(parameters: Iterable[nn.Parameter], step_size: float) -> torch.optim.Adam:

@@ -135,7 +135,8 @@ def _zip(tasks: Sequence[Task], settings: Settings, progress: bool) -> ZippedMod
             log.info("%s: %d of %s rows shared, %.1f s", record.name, record.shared, record.units, seconds)
             zipped.history.layers.append(record)
             if record.shared and (steps := settings.retraining.after(record.name)):
-                settings.retraining.run(zipped, tasks, steps, seed=settings.seed)
+                weights = [weight for member in members for weight in member.layer_weights()]
+                settings.retraining.run(zipped, tasks, steps, seed=settings.seed, weights=weights)
             bar.advance(todo)
     return zipped.eval()
 

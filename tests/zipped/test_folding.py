@@ -90,7 +90,6 @@ FOLDED: dict[str, Callable[[], nn.Module]] = {
     "without biases": Net,
     "with biases": lambda: Net(bias=True),
     "without affine": lambda: Net(affine=False),
-    "biases without affine": lambda: Net(bias=True, affine=False),
 }
 
 
@@ -108,7 +107,7 @@ def test_nothing_shared_changes_nothing_and_batch_norm_is_gone(kind: str) -> Non
     assert zipped.history.settings["batch_norm"] == "fold"
 
 
-@pytest.mark.parametrize("kind", FOLDED)
+@pytest.mark.parametrize("kind", ["without biases", "with biases"])
 def test_full_sharing_leaves_nothing_private_but_the_output_layer(kind: str) -> None:
     models, x = pair(FOLDED[kind])
     zipped = run_zip(models, [x, images()])
@@ -120,22 +119,15 @@ def test_full_sharing_leaves_nothing_private_but_the_output_layer(kind: str) -> 
     assert [r.shared for r in zipped.history.layers] == [4, 5, 0]
 
 
-def test_networks_without_batch_norm_need_no_folding() -> None:
-    """And one that has it shares all of a layer with one that has none."""
+def test_a_network_with_batch_norm_shares_all_of_a_layer_with_one_that_has_none() -> None:
 
     class Plain(Net):
         def __init__(self) -> None:
             super().__init__(bias=True)
             self.norm, self.norm1 = nn.Identity(), nn.Identity()
 
-    models, x = pair(Plain)
-    folded, private = (run_zip(models, [x, x], batch_norm=how) for how in ("fold", "private"))
-    for name in "ab":
-        assert torch.equal(folded[name](x), private[name](x))
-    assert folded.history.settings["folded"] == {"a": [], "b": []}
-
-    mixed, x = pair(Net, Plain)
-    zipped = run_zip(mixed, [x, x])
+    models, x = pair(Net, Plain)
+    zipped = run_zip(models, [x, x])
     assert blocks_in(zipped) == {"a+b"}
     assert zipped.history.settings["folded"] == {"a": [("conv", "norm"), ("linear", "norm1")], "b": []}
 
@@ -387,10 +379,9 @@ def test_the_models_are_left_exactly_as_they_were() -> None:
     assert not mine & {p.data_ptr() for p in zipped.parameters()}
 
 
-@pytest.mark.parametrize("share", [0.0, 0.6])
-def test_loads_bit_identical_into_networks_of_the_original_class(share: float, tmp_path: Path) -> None:
+def test_loads_bit_identical_into_networks_of_the_original_class(tmp_path: Path) -> None:
     models, x = pair(lambda: Net(4, 5), lambda: Net(5, 6, bias=True))
-    zipped = run_zip(models, [x, images()], share=share)
+    zipped = run_zip(models, [x, images()], share=0.6)
     zipped.save(tmp_path / "joint.safetensors")
     fresh = {"a": Net(4, 5).to(DOUBLE), "b": Net(5, 6, bias=True).to(DOUBLE)}
     before = {name: copy.deepcopy(model.state_dict()) for name, model in fresh.items()}
@@ -405,7 +396,7 @@ def test_loads_bit_identical_into_networks_of_the_original_class(share: float, t
     assert loaded.summary() == zipped.summary()
     assert all(p.requires_grad for p in loaded.parameters())
 
-    tz.retrain(loaded, tasks_of(models, [x, x]), steps=1, loss="distill", progress=False)
+    tz.retrain(loaded, tasks_of(models, [x, x]), steps=1, loss="distill", batch_norm="update", progress=False)
     loaded.save(tmp_path / "again.safetensors")
     again = tz.load(tmp_path / "again.safetensors", fresh)
     assert torch.equal(again["a"](x), loaded["a"](x))
@@ -455,8 +446,10 @@ def test_a_network_of_another_class_is_one_clear_error(make: Callable[[], nn.Mod
     assert list(other.state_dict()) == list(state)
 
 
-def test_materialize_gives_plain_modules() -> None:
+def test_materialize_gives_plain_modules_and_what_is_frozen_stays_frozen() -> None:
     models, x = pair(Net)
+    for model in models:
+        model.conv.requires_grad_(False)
     zipped = run_zip(models, [x, x], share=0.5)
     for name in "ab":
         plain = zipped.materialize(name)
@@ -467,15 +460,8 @@ def test_materialize_gives_plain_modules() -> None:
             f"{n}.{w}" for n in ("conv", "linear", "out") for w in ("weight", "bias")
         )
         assert all(type(p) is nn.Parameter and p.is_leaf for p in plain.parameters())
-
-
-def test_frozen_parameters_stay_frozen() -> None:
-    models, x = pair(Net)
-    for model in models:
-        model.conv.requires_grad_(False)
-    zipped = run_zip(models, [x, x])
+        assert {n for n, p in plain.named_parameters() if not p.requires_grad} == {"conv.weight", "conv.bias"}
     assert {name.split(".")[2] for name, p in zipped.named_parameters() if not p.requires_grad} == {"conv"}
-    assert not zipped.materialize("a").conv.bias.requires_grad
 
 
 @pytest.mark.parametrize("value", ["folded", True, None, "FOLD", 1])
@@ -485,36 +471,24 @@ def test_an_unknown_value(value: Any) -> None:
         run_zip(models, [x, x], batch_norm=value)
 
 
-def test_retraining_finds_no_batch_norm() -> None:
-    models, x = pair(Net)
-    zipped = run_zip(models, [x, x])
-    losses = tz.retrain(
-        zipped, tasks_of(models, [x, x]), steps=15, loss="distill", batch_norm="update", step_size=3e-3, progress=False
-    )
-    assert sum(losses[-1].values()) < sum(losses[0].values())
-
-
 class Line(nn.Module):
     """Convolutions along one axis, with a residual stream."""
 
-    def __init__(self, dimension: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        conv = {1: nn.Conv1d, 3: nn.Conv3d}[dimension]
-        norm = {1: nn.BatchNorm1d, 3: nn.BatchNorm3d}[dimension]
-        self.first, self.norm = conv(1, 4, 3, padding=1, bias=False), norm(4)
-        self.second, self.norm2 = conv(4, 4, 3, padding=1), norm(4)
+        self.first, self.norm = nn.Conv1d(1, 4, 3, padding=1, bias=False), nn.BatchNorm1d(4)
+        self.second, self.norm2 = nn.Conv1d(4, 4, 3, padding=1), nn.BatchNorm1d(4)
         self.out = nn.Linear(4, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(self.first(x)).relu()
         x = (x + self.norm2(self.second(x))).relu()
-        return self.out(x.flatten(2).mean(2))
+        return self.out(x.mean(2))
 
 
-@pytest.mark.parametrize("dimension", [1, 3])
-def test_other_convolutions_and_residual_streams(dimension: int) -> None:
-    x = some(20, 1, *[4] * dimension)
-    model = trained(Line(dimension), x)
+def test_batch_norm_in_a_residual_stream() -> None:
+    x = some(20, 1, 6)
+    model = trained(Line(), x)
     zipped = run_zip([model, copy.deepcopy(model)], [x, x])
     for name in "ab":
         assert_close(zipped[name](x), model(x), 1e-8)
@@ -587,8 +561,7 @@ def check_follows(network: nn.Module, original: nn.Module, name: str, x: Tensor)
     [
         (None, False, {"share": 1.0}),
         (None, True, {"share": 0.5, "compensate": False}),
-        (2, False, {"share": 1.0, "max_rows": 30}),
-        (3, True, {"share": 0.7, "matching": "greedy"}),
+        (2, True, {"share": 0.7, "max_rows": 30}),
     ],
 )
 def test_statistics_behind_a_grouped_convolution_follow(
@@ -620,19 +593,17 @@ class Channels(nn.Module):
 
 
 def test_statistics_stay_where_nothing_before_changed() -> None:
-    """Exactly; and where nothing is shared at all, everywhere."""
+    """Exactly, though the network has changed elsewhere."""
     data = [images(), images()]
     models = [trained(Channels(), x) for x in data]
-    for share in (1.0, 0.0):
-        zipped = run_zip(models, data, batch_norm="private", share=share)
-        assert zipped.history.layers[0].shared == 5 * share
-        for name, model, x in zip("ab", models, data, strict=True):
-            assert check_follows(zipped[name], model, "deep_norm", x) == (share > 0)
-            for norm in ["own_norm"] if share else norms_in(model):
-                now, before = zipped[name].get_submodule(norm), model.get_submodule(norm)
-                order = order_of(now, before)
-                assert torch.equal(now.running_mean, before.running_mean[order])
-                assert torch.equal(now.running_var, before.running_var[order])
+    zipped = run_zip(models, data, batch_norm="private")
+    assert zipped.history.layers[0].shared == 5
+    for name, model, x in zip("ab", models, data, strict=True):
+        assert check_follows(zipped[name], model, "deep_norm", x)
+        now, before = zipped[name].own_norm, model.own_norm
+        order = order_of(now, before)
+        assert torch.equal(now.running_mean, before.running_mean[order])
+        assert torch.equal(now.running_var, before.running_var[order])
 
 
 class Deeper(nn.Module):
@@ -659,11 +630,10 @@ def test_statistics_behind_a_layer_without_a_partner_follow(compensate: bool) ->
         assert check_follows(zipped["a"], models[0], "norm", data[0])
 
 
-def test_depthwise_networks_and_copies_of_them_change_nothing() -> None:
+def test_grouped_convolutions_are_folded_too() -> None:
     x = images()
     model = trained(Separable(), x)
-    for how in ("private", "fold"):
-        zipped = run_zip([model, copy.deepcopy(model)], [x, x], batch_norm=how)
-        for name in "ab":
-            assert_close(zipped[name](x), model(x), 1e-8)
-        assert norms_in(zipped) == [] or how == "private"
+    zipped = run_zip([model, copy.deepcopy(model)], [x, x])
+    for name in "ab":
+        assert_close(zipped[name](x), model(x), 1e-8)
+    assert norms_in(zipped) == []

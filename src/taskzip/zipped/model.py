@@ -119,20 +119,19 @@ class ZippedModel(nn.Module):
         chosen = self.tasks if tasks is None else tasks
         return sum({p: p.numel() for name in chosen for p in self.tasks[name].parameters()}.values())
 
-    def layer_weights(self) -> list[nn.Parameter]:
-        """The weights of all layers, biases left out, each once: dense ones of private layers, or blocks."""
-        found: dict[nn.Parameter, None] = {}
+    def layer_weights(self) -> list[list[nn.Parameter]]:
+        """The weight of every layer of every task, biases left out: a dense parameter, or blocks."""
+        found = []
         for task, network in enumerate(self.tasks.values()):
             blocks, parameters = installed(network), dict(network.named_parameters(remove_duplicate=False))
-            for name in (layer.names[task] for layer in self.history.layers):
+            for name in (layer.names[task] for layer in self.history.layers if layer.names[task]):
                 weight = name if name in blocks or name in parameters else f"{name}.weight"
-                own = blocks[weight].parameters() if weight in blocks else [parameters[weight]] if name else []
-                found |= dict.fromkeys(own)
-        return list(found)
+                found.append(list(blocks[weight].parameters()) if weight in blocks else [parameters[weight]])
+        return found
 
     def connection_count(self) -> int:
         """Weights of the layers that are not 0: a zero is a missing connection (Sec. 3.6)."""
-        return sum(int(weight.count_nonzero()) for weight in self.layer_weights())
+        return sum(int(p.count_nonzero()) for p in {p for weight in self.layer_weights() for p in weight})
 
     def shared_parameter_count(self) -> int:
         """Parameters that more than one task uses."""

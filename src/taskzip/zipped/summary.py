@@ -44,7 +44,8 @@ def summary_table(zipped: ZippedModel) -> str:
     Console(file=out, width=WIDTH).print(table)
     lines = [line.rstrip() for line in out.getvalue().splitlines()]
     notes = [_wrapped(f"{r.name} stays private ({r.note}).") for r in zipped.history.layers if r.note]
-    missing = sum(p.numel() for p in zipped.layer_weights()) - zipped.connection_count()
+    weights = {p for weight in zipped.layer_weights() for p in weight}
+    missing = sum(p.numel() for p in weights) - zipped.connection_count()
     if missing:
         apart = sum(zipped.history.settings["connections"].values())
         notes.insert(
