@@ -70,6 +70,7 @@ def test_no_more_batches_than_there_were() -> None:
         (torch.zeros(3, 4, dtype=torch.bfloat16), lambda x: x + 1),
         ((some(3, 4), some(3, 4)), lambda pair: (pair[0] + 1, pair[1])),
         (((some(3, 4), some(3, 4)), None), lambda pair: ((pair[0][0], pair[0][1] + 1), None)),
+        (((some(3, 4), some(3, 4)), None), lambda pair: ((pair[0][0] + 1, pair[0][1]), None)),
         ({"x": some(3, 4), "y": some(3, 4)}, lambda each: {**each, "y": each["y"] + 1}),
     ],
 )
@@ -99,16 +100,14 @@ def test_batches_are_told_apart_by_their_place() -> None:
 
 
 def test_a_layer_that_is_too_large_is_not_kept_and_leaves_its_place_to_others() -> None:
-    """Each chunk has 80 bytes; the large layer has 3 of them per batch, the small ones have 1."""
-    batches = [some(2, 4), some(2, 4)]
+    """Chunks of 80 bytes: the large layer has 3 per batch, the small ones 1. The first batch takes all the memory."""
+    small, batches = ("one", "two", "three"), [some(2, 4), some(2, 4)]
     chunks = {"large": [[some(2, 5) for _ in range(3)] for _ in batches]}
-    chunks |= {name: [[some(2, 5)] for _ in batches] for name in ("small", "other")}
-    answers = filled(
-        5 * 80, batches, chunks
-    )  # the first batch takes all of it; the large layer gives way in the second
+    chunks |= {name: [[some(2, 5)] for _ in batches] for name in small}
+    answers = filled(6 * 80, batches, chunks)
     for index, batch in enumerate(batches):
         assert answers.recall("large", batch, index) is None
-        for name in ("small", "other"):
+        for name in small:
             assert same(answers.recall(name, batch, index), chunks[name][index])
 
 

@@ -85,7 +85,10 @@ class Member:
     def _fold(self, batch: Batch, answers: Any) -> nn.Module:
         """Fold batch-norms in the working copy, and read it again; a copy of it becomes the network to agree with."""
         fold(self.network, self.folded)
-        self.structure = self._analyse(batch)
+        try:
+            self.structure = self._analyse(batch)
+        except GraphError as error:
+            raise GraphError(f"{error} That is with its batch-norms folded: zip with batch_norm='private'.") from error
         if not self._agrees((), (), batch, answers):
             raise GraphError(
                 f"task {self.task.name!r}: with its batch-norms folded the network gives other outputs, so they do "

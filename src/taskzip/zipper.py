@@ -222,7 +222,12 @@ def _observe(member: Member, layer: Layer, settings: Settings, sharing: bool) ->
 def _survey(member: Member, settings: Settings, wanted: Collection[str]) -> dict[str, LayerStatistics]:
     """One pass over a task's data with the original network, for all layers."""
     member.surveyed = True
-    layers = [layer for layer in member.structure.layers if layer.name in wanted or not layer.reads_input]
+    layers = [
+        layer
+        for layer in member.structure.layers
+        if layer.name in wanted
+        or (layer.solvable and not layer.reads_input and (settings.compensate or layer.batch_norm))
+    ]
     return member.observer(settings.max_rows, settings.seed).survey(layers, wanted)
 
 

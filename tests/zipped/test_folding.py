@@ -344,7 +344,7 @@ class Functional(Net):
         Alias,
         Tied,
         Hooked,
-        pytest.param(Functional, marks=pytest.mark.xfail(reason="bug: the error speaks of the folded network only")),
+        Functional,
     ],
 )
 def test_where_folding_would_change_the_outputs_the_error_says_what_to_do(make: type[Net]) -> None:
@@ -435,7 +435,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Twice,
         lambda: nn.Linear(2, 3),
         nn.Identity,
-        pytest.param(Nested, marks=pytest.mark.xfail(reason="bug: an assertion fails instead", raises=AssertionError)),
+        Nested,
     ],
 )
 def test_a_network_of_another_class_is_one_clear_error(make: Callable[[], nn.Module], path: Path) -> None:

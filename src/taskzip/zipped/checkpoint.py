@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from taskzip.errors import CheckpointError
 from taskzip.zipped.blocks import Blocks, BlocksSpec, install, installed, original_class, spec_of
-from taskzip.zipped.folding import forget_batch_norms
+from taskzip.zipped.folding import can_fold, forget_batch_norms
 from taskzip.zipped.model import History, ZippedModel
 
 FORMAT = 2
@@ -97,8 +97,7 @@ def _build(
     joint = {}
     for name, structure in about["tasks"].items():
         network = _borrowed(networks[name])
-        known = dict(network.named_modules())
-        if all(layer in known and norm in known for layer, norm in structure["folded"]):
+        if all(can_fold(network, layer, norm) for layer, norm in structure["folded"]):
             forget_batch_norms(network, structure["folded"])
         _check_fit(path, name, network, structure)
         joint[name] = _skeleton(network, structure)

@@ -22,11 +22,16 @@ def foldable(network: nn.Module, layers: Iterable[Layer]) -> Folded:
         if layer.batch_norm is None or not layer.weight.endswith("weight"):
             continue
         path, norm = (name.rpartition(".")[0] for name in (layer.weight, layer.batch_norm.mean))
-        # A subclass may do more in its forward; so may one that is called for anything but its own tensors.
-        plain = type(network.get_submodule(norm)).forward is _BatchNorm.forward
-        if plain and isinstance(network.get_submodule(path), (nn.Linear, _ConvNd)):
+        # A subclass may do more in its forward.
+        if can_fold(network, path, norm) and type(network.get_submodule(norm)).forward is _BatchNorm.forward:
             found.append((path, norm))
     return found
+
+
+def can_fold(network: nn.Module, path: str, norm: str) -> bool:
+    """Whether there is a layer of torch and a module for its batch-norm at these paths."""
+    modules = dict(network.named_modules())
+    return norm in modules and isinstance(modules.get(path), (nn.Linear, _ConvNd))
 
 
 def fold(network: nn.Module, folded: Folded) -> None:
