@@ -795,17 +795,25 @@ def merged_by_hand(
     return merged, cost
 
 
-@pytest.mark.parametrize("residual", ["coupled", "independent"])
-@pytest.mark.parametrize(("tasks", "pairs"), [(2, 6), (2, 3), (3, 6)])
-def test_a_residual_layer_against_the_closed_form(tasks: int, pairs: int, residual: str) -> None:
-    """Its inputs are aligned with nothing shared before, and are what the original networks gave."""
-    name, layer = "residual without projection", "second1"
+def one_layer_zipped(
+    name: str, layer: str, tasks: int, pairs: int, residual: str
+) -> tuple[list[nn.Module], list[Any], tz.ZippedModel]:
+    """Networks much like one another, their data, and re-ordered copies of them zipped in that layer alone."""
     model = network(name, 1)
     networks = [model, *(noisy(name, model, seed) for seed in range(1, tasks))]
     x = [data(name, seed, 12 + seed) for seed in range(tasks)]
     given = [reordered(name, each, seed) for seed, each in enumerate(networks)]
     options = {"compensate": False, "residual": residual}
     zipped = zipped_of(name, given, x, share={layer: pairs}, **options)
+    return networks, x, zipped
+
+
+@pytest.mark.parametrize("residual", ["coupled", "independent"])
+@pytest.mark.parametrize(("tasks", "pairs"), [(2, 6), (2, 3), (3, 6)])
+def test_a_residual_layer_against_the_closed_form(tasks: int, pairs: int, residual: str) -> None:
+    """Its inputs are aligned with nothing shared before, and are what the original networks gave."""
+    name, layer = "residual without projection", "second1"
+    networks, x, zipped = one_layer_zipped(name, layer, tasks, pairs, residual)
     merged, cost = merged_by_hand(networks, layer, x, [[row] for row in range(6)], 1 / tasks)
 
     shared = set(range(6)) if pairs == 6 else set(np.argsort(cost)[:pairs].tolist())
@@ -828,12 +836,7 @@ def test_a_residual_layer_against_the_closed_form(tasks: int, pairs: int, residu
 def test_heads_against_the_closed_form(tasks: int, pairs: int, residual: str) -> None:
     """A head is the rows of its queries, keys and values; what it reads went through a layer-norm."""
     name, layer = "pre-norm transformer", "block.qkv"
-    model = network(name, 1)
-    networks = [model, *(noisy(name, model, seed) for seed in range(1, tasks))]
-    x = [data(name, seed, 12 + seed) for seed in range(tasks)]
-    given = [reordered(name, each, seed) for seed, each in enumerate(networks)]
-    options = {"compensate": False, "residual": residual}
-    zipped = zipped_of(name, given, x, share={layer: pairs}, **options)
+    networks, x, zipped = one_layer_zipped(name, layer, tasks, pairs, residual)
     heads = [[6 * part + 2 * head + k for part in range(3) for k in range(2)] for head in range(3)]
     merged, cost = merged_by_hand(networks, layer, x, heads, 1 / tasks)
 

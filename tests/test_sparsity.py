@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from networks import Attention
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
@@ -659,18 +660,6 @@ def test_a_pruned_network_and_a_copy_of_it_change_nothing(
     if share == 1.0:
         last = int(weight_of(model, layout(model)[-1]).count_nonzero())
         assert zipped.connection_count() == connections(model) + last
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(4, 8)
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-        self.out = nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x).relu()
-        return self.out(self.attention(x, x, x, need_weights=False)[0])
 
 
 def pruned_attention(density: float) -> Attention:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from networks import Attention
 from torch import Tensor, nn
 from twin import zip_twin
 
@@ -236,20 +237,6 @@ class Twice(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(torch.cat([self.body(x), self.body(1 - x)], dim=1))
-
-
-class Attention(nn.Module):
-    """The projections of `nn.MultiheadAttention` are called deep inside torch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(4, 8)
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-        self.out = nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x).relu()
-        return self.out(self.attention(x, x, x, need_weights=False)[0])
 
 
 @pytest.mark.parametrize(

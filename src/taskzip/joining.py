@@ -34,8 +34,8 @@ class TaskLayer:
     Attributes:
         task: its number.
         layer: what the graph says of it.
-        weights: all incoming weights [rows, inputs * taps + 1], bias last, divided by `scale`.
-        scale: what batch-norm will divide each row by, [rows, 1], where the scale of a unit must not matter; else 1.
+        weights: all incoming weights [rows, inputs * taps + 1], bias last; divided by what batch-norm will divide each
+            row by, where the scale of a unit must not matter.
         statistics: what the layer reads.
         samples: over how many samples these were summed.
         balance, damping: as for `zip`.

@@ -40,7 +40,7 @@ class Member:
         samples: how many samples the calibration data hold.
         slots: per space that has been put into order, the joint space, and in which of its slots each unit stands.
         changed: whether anything upstream may differ from the original network.
-        answers: what the original network answers, as far as it is remembered, which it is once `surveyed`.
+        answers: what the original network answers, as far as it is remembered.
     """
 
     def __init__(self, task: Task, seed: int, *, fold_batch_norm: bool = False) -> None:
@@ -58,7 +58,6 @@ class Member:
         self._orders: dict[int, np.ndarray] = {}  # per space, which of the original's units stands in each place
         self.changed = False
         self.answers = Answers()
-        self.surveyed = False
 
     def _first_answers(self, batch: Batch) -> Any:
         with evaluating(self.network):
@@ -161,7 +160,7 @@ class Member:
 
     def connections(self) -> int:
         """How many weights of its layers are not 0."""
-        return sum(int(self.network.get_parameter(x.weight).count_nonzero()) for x in self.structure.layers)
+        return sum(int(p.count_nonzero()) for weight in self.layer_weights() for p in weight)
 
     def batch_norm(self, layer: Layer) -> tuple[Tensor, Tensor]:
         """Running mean and variance of the batch-norm behind a layer."""

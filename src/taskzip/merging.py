@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from taskzip.curvature import solve_symmetric
 from taskzip.factored import Factored, Span, dense
 from taskzip.sparsity import fit_on_support, solve_on_support
 
@@ -32,8 +31,7 @@ def merge_weights(
     few = [h for h in curvatures if isinstance(h, Factored)]
     if len(few) == len(curvatures):
         return _merged_in_span(weights, few, exists)
-    matrices = [dense(h) for h in curvatures]
-    return _merged(weights, matrices) if exists is None else _merged_on_support(weights, matrices, exists)
+    return _merged(weights, [dense(h) for h in curvatures], exists)
 
 
 def _merged_in_span(
@@ -50,29 +48,19 @@ def _merged_in_span(
     return merged
 
 
-def _merged_on_support(
+def _merged(
     weights: Sequence[Float[Tensor, "units d"]],
     curvatures: Sequence[Float[Tensor, "d d"]],
-    exists: Bool[Tensor, "units d"],
+    exists: Bool[Tensor, "units d"] | None = None,
 ) -> Float[Tensor, "units d"]:
-    first = weights[0] * exists
-    total = sum(curvatures[1:], start=curvatures[0])
-    pull = torch.zeros_like(first.mT)
-    for h, w in zip(curvatures, weights, strict=True):
-        pull += h @ (w - first).mT
-    return first + solve_on_support(total, pull, exists).mT
-
-
-def _merged(
-    weights: Sequence[Float[Tensor, "units d"]], curvatures: Sequence[Float[Tensor, "d d"]]
-) -> Float[Tensor, "units d"]:
-    first = weights[0]
+    first = weights[0] if exists is None else weights[0] * exists
     total = sum(curvatures[1:], start=curvatures[0])
     # w - w_1 = (sum H_t)^-1 sum H_t (w_t - w_1): one product less, and equal weights stay exactly what they are.
     pull = torch.zeros_like(first.mT)
-    for h, w in zip(curvatures[1:], weights[1:], strict=True):
-        pull += h @ (w - first).mT
-    return first + solve_symmetric(total, pull).mT
+    for h, w in zip(curvatures, weights, strict=True):
+        if w is not first:
+            pull += h @ (w - first).mT
+    return first + solve_on_support(total, pull, exists).mT
 
 
 def _column_means(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -52,7 +51,7 @@ class Zipper:
 
         statistics = {t: _observe(members[t], x, settings, t in sharing) for t, x in layers.items()}
         weights = {t: _compensated(members[t], x, statistics[t], settings) for t, x in layers.items()}
-        joints = self._join(layers, inputs, parts, statistics, weights, quota) if sharing else []
+        joints = self._join(inputs, parts, statistics, weights, quota) if sharing else []
         for joint in joints:
             joint.write(weights)
         for t, layer in layers.items():
@@ -134,7 +133,6 @@ class Zipper:
 
     def _join(
         self,
-        layers: JointLayers,
         inputs: JointInputs,
         parts: Sequence[Part],
         statistics: Mapping[int, LayerStatistics | None],
@@ -152,11 +150,11 @@ class Zipper:
         for part, each in zip(parts, _divided(quota, [part.units for part in parts]), strict=True):
             placed = all(space in self.members[t].slots for t, space in part.spaces.items())
             own = placed and self.settings.residual == "independent" and part.joint not in self.spaces.twisted
-            slots = {t: self.members[t].slots[space][1] for t, space in part.spaces.items()} if placed else None
-            pairing = Pairing(each, self.settings.matching, self.settings.seed, self._is_aligned(part))
-            if own:
-                pairing, slots = replace(pairing, aligned=False), None
-            joint = JointLayer(sides, inputs, part.rows, pairing, slots)
+            given = (
+                {t: self.members[t].slots[space][1] for t, space in part.spaces.items()} if placed and not own else None
+            )
+            pairing = Pairing(each, self.settings.matching, self.settings.seed, self._is_aligned(part) and not own)
+            joint = JointLayer(sides, inputs, part.rows, pairing, given)
             if self.settings.compensate:
                 joint.match_spread()
             joints.append(joint)
@@ -211,7 +209,7 @@ def _observe(member: Member, layer: Layer, settings: Settings, sharing: bool) ->
         return None
     # What the original network answers serves compensation and batch-norm only; else one forward pass is enough.
     changed = member.changed and not layer.reads_input and bool(settings.compensate or layer.batch_norm)
-    if changed and not member.surveyed:
+    if changed and not member.answers.started:
         _survey(member, settings, ())
     observer = member.observer(settings.max_rows, settings.seed)
     statistics = observer.observe(layer, changed=changed, rows=member.original_rows(layer))
@@ -221,7 +219,6 @@ def _observe(member: Member, layer: Layer, settings: Settings, sharing: bool) ->
 
 def _survey(member: Member, settings: Settings, wanted: Collection[str]) -> dict[str, LayerStatistics]:
     """One pass over a task's data with the original network, for all layers."""
-    member.surveyed = True
     layers = [
         layer
         for layer in member.structure.layers

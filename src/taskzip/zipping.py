@@ -63,7 +63,7 @@ def zip_tasks(
             merged units back to their original spread (design 2.5). The paper's own procedure is `matching="greedy",
             compensate=False`.
         residual: how the layers that write into one residual stream find their pairs (Sec. 3.7). "coupled": one order
-            of the stream's units for all of them, by their summed functional difference; nothing is re-ordered at run
+            of the stream's units for all of them, by their mean functional difference; nothing is re-ordered at run
             time. "independent": each by itself, and a gather restores the order of the stream.
         aligned: whether a later layer shares its weights over all inputs, as if all units of the layer before it were
             paired (Sec. 3.7), or only over inputs whose units share their weights. Units of residual streams are paired
