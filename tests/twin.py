@@ -173,7 +173,7 @@ def zip_twin(
         data: per task, all its samples.
         share: the fraction of the smaller layer's units that is shared.
         matching: "greedy" or "optimal" (exact; exponential in the number of units).
-        compensate: least squares before merging, spread matching after it.
+        compensate: least squares before merging, spread matching after it, and private weights that follow.
         balance: alpha of task A.
         damping, ridge: as in `taskzip.zip`.
         threshold: with "greedy": stop at the first pair whose d is above it.
@@ -197,11 +197,15 @@ def zip_twin(
         shared = _shared_columns(zipped, number, shared_before)
         bias = all(layer.bias for layer in layers)
         w = [_restricted(layers[t].matrix, shared[t], bias) for t in (0, 1)]
-        h = []
+        own = [_own_columns(layers[t], shared[t], bias) if compensate else np.arange(0) for t in (0, 1)]
+        h, whole = [], []
         for t in (0, 1):
-            rows = _restricted(x[t], shared[t], bias)
+            rows = np.column_stack([_restricted(x[t], shared[t], bias), x[t][:, own[t]]])
             curvature = alpha[t] / len(data[t]) * sum(np.outer(row, row) for row in rows)
-            h.append(curvature + damping * np.mean(np.diag(curvature)) * np.eye(len(curvature)))
+            whole.append(curvature + damping * np.mean(np.diag(curvature)) * np.eye(len(curvature)))
+            # What is left of the error where the own weights are free: the inverse of a part of the inverse.
+            common = w[t].shape[1]
+            h.append(np.linalg.inv(np.linalg.inv(whole[t])[:common, :common]))
 
         d = _differences(w, h, bias)
         count = round(share * min(layers[0].units, layers[1].units))
@@ -214,7 +218,11 @@ def zip_twin(
         for i, j in pairs:
             merged = _merged(w[0][i], w[1][j], h, bias)
             for t, unit in ((0, i), (1, j)):
+                before = w[t][unit]
                 _put(layers[t].matrix, unit, shared[t], merged, bias)
+                change = _restricted(layers[t].matrix[[unit]], shared[t], bias)[0] - before
+                at = len(change)
+                layers[t].matrix[unit, own[t]] -= np.linalg.inv(whole[t][at:, at:]) @ whole[t][at:, :at] @ change
             if compensate:
                 _match_spread(layers, (i, j), x, z, alpha, bias)
         for t in (0, 1):
@@ -247,6 +255,11 @@ def _shared_columns(networks: Sequence[Network], number: int, shared_before: int
             run = layer.columns // network.layers[number - 1].units
             found.append(np.arange(shared_before * run))
     return found
+
+
+def _own_columns(layer: Layer, shared: np.ndarray, bias: bool) -> np.ndarray:
+    """The columns that no other task has, the bias among them where the other has none."""
+    return np.setdiff1d(np.arange(layer.columns + (layer.bias and not bias)), shared)
 
 
 def _restricted(matrix: np.ndarray, columns: np.ndarray, bias: bool) -> np.ndarray:

@@ -50,6 +50,13 @@ class JointInputs:
     segments: tuple[Segment, ...]
     bias: Owners
 
+    def private(self, task: int) -> Tensor:
+        """The columns of a task's weight matrix that no other task has, the bias among them if that is so."""
+        shared = [s.channels[task] for s in self.segments if task in s.owners]
+        layer = self.layers[task]
+        own = np.setdiff1d(np.arange(layer.inputs), np.concatenate([np.empty(0, np.int64), *shared]))
+        return _columns(own, layer.taps, [layer.inputs * layer.taps] if self.bias == (task,) else [])
+
     def common(self, owners: Iterable[int], task: int) -> CommonInputs:
         """The inputs that a task shares with any of these owners."""
         others = set(owners)
@@ -81,7 +88,7 @@ class CommonInputs:
         """The columns of the task's weight matrix [units, inputs * taps + 1] that are common."""
         own = [s.channels[task] for s in self._segments if task in s.owners]
         bias = [self._layers[task].inputs * self.taps] if task in self._bias else []
-        return self._tensor(np.concatenate([np.empty(0, np.int64), *own]), bias)
+        return _columns(np.concatenate([np.empty(0, np.int64), *own]), self.taps, bias)
 
     def places(self, task: int) -> Tensor:
         """Where these columns lie in the common vector."""
@@ -89,7 +96,7 @@ class CommonInputs:
         pairs = zip(self._segments, starts, strict=False)
         own = [np.arange(len(s.channels[task])) + start for s, start in pairs if task in s.owners]
         bias = [self.width - 1] if task in self._bias else []
-        return self._tensor(np.concatenate([np.empty(0, np.int64), *own]), bias)
+        return _columns(np.concatenate([np.empty(0, np.int64), *own]), self.taps, bias)
 
     def weights(self, task: int, rows: Float[Tensor, "units d1"]) -> Float[Tensor, "units width"]:
         """The common part of a task's weights, 0 where a connection is fictive."""
@@ -124,9 +131,11 @@ class CommonInputs:
         columns, places = self.columns(task).to(rows.device), self.places(task).to(rows.device)
         return rows.index_copy(1, columns, common[:, places])
 
-    def _tensor(self, channels: np.ndarray, bias: list[int]) -> Tensor:
-        taps = (channels[:, None] * self.taps + np.arange(self.taps)).ravel()
-        return torch.from_numpy(np.append(taps, bias).astype(np.int64))
+
+def _columns(channels: np.ndarray, taps: int, bias: list[int]) -> Tensor:
+    """The columns of some channels, and that of the bias."""
+    columns = (channels[:, None] * taps + np.arange(taps)).ravel()
+    return torch.from_numpy(np.append(columns, bias).astype(np.int64))
 
 
 def align_inputs(

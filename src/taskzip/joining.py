@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from taskzip.adaptation import following, schur_complement
 from taskzip.alignment import CommonInputs, JointInputs
 from taskzip.curvature import LayerStatistics, damped
 from taskzip.difference import functional_difference
@@ -39,6 +40,7 @@ class TaskLayer:
         statistics: what the layer reads.
         samples: over how many samples these were summed.
         balance, damping: as for `zip`.
+        private: columns that no other task has and whose weights follow the shared ones; none if they stay.
     """
 
     task: int
@@ -48,15 +50,32 @@ class TaskLayer:
     samples: int
     balance: float
     damping: float
+    private: Tensor
 
     def curvature(self, common: CommonInputs) -> Tensor | Factored:
         """H over common inputs, weighted by the balance, damped, 0 where a connection is fictive."""
+        h = self._curvature(common)
+        return common.curvature(self.task, schur_complement(h, len(h) - len(self.private)) if len(self.private) else h)
+
+    def followed(self, common: CommonInputs, before: Tensor, after: Tensor) -> Tensor:
+        """Rows of which the common weights were changed, with the private ones brought after them."""
+        if not len(self.private):
+            return after
+        columns = common.columns(self.task).to(after.device)
+        exists = support(before[:, self.private], bias=self._owns_bias())
+        change = following(self._curvature(common), after[:, columns] - before[:, columns], exists)
+        return after.index_add(1, self.private, change)
+
+    def _owns_bias(self) -> bool:
+        return int(self.private[-1]) == self.weights.shape[1] - 1
+
+    def _curvature(self, common: CommonInputs) -> Tensor | Factored:
+        """The same over the task's own columns: first what is common, then what is private."""
         # Batch-norm takes the mean off again, for each task by itself, so that only the spread matters.
         s = self.statistics
         moments = s.rows * s.covariance() if self.layer.batch_norm else s.curvature
-        columns = common.columns(self.task).to(self.weights.device)
-        h = self.balance / self.samples * restricted(moments, columns)
-        return common.curvature(self.task, damped(h, self.damping))
+        columns = torch.cat([common.columns(self.task).to(self.weights.device), self.private])
+        return damped(self.balance / self.samples * restricted(moments, columns), self.damping)
 
     def common(self, common: CommonInputs, rows: Tensor) -> Tensor:
         """The weights of some rows over common inputs."""
@@ -226,9 +245,9 @@ class JointLayer:
         units = torch.cat([group.units[joint], new[:, None]], dim=1)
         for k, t in enumerate(owners):
             rows = self._rows_of(t, units[:, k])
-            self.weights[t] = self.weights[t].index_copy(
-                0, rows, meeting.common.write(t, self.weights[t][rows], merged)
-            )
+            before = self.weights[t][rows]
+            after = self._sides[t].followed(meeting.common, before, meeting.common.write(t, before, merged))
+            self.weights[t] = self.weights[t].index_copy(0, rows, after)
         left = _without(torch.arange(len(group.units), device=joint.device), joint)
         if len(left):
             self.groups[meeting.owners] = group.taken(left)

@@ -18,6 +18,7 @@ from taskzip.retraining import Retraining
 
 Residual = Literal["coupled", "independent"]
 Norms = Literal["private", "fold"]
+Compensation = bool | Literal["output"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,9 @@ class Settings:
     plan: SharePlan
     balance: tuple[float, ...]
     matching: Matching
-    compensate: bool
+    compensate: Compensation
+    adapt: bool
+    spread: bool
     residual: Residual
     aligned: bool | None
     batch_norm: Norms
@@ -46,6 +49,8 @@ class Settings:
             "balance": list(self.balance),
             "matching": self.matching,
             "compensate": self.compensate,
+            "adapt": self.adapt,
+            "spread": self.spread,
             "residual": self.residual,
             "aligned": self.aligned,
             "batch_norm": self.batch_norm,
@@ -64,7 +69,9 @@ def read_settings(
     share: float | Mapping[str, float] | SharePlan,
     balance: float | Sequence[float] | Mapping[str, float] | None,
     matching: Matching,
-    compensate: bool,
+    compensate: Compensation,
+    adapt: bool | None,
+    spread: bool | None,
     residual: Residual,
     aligned: bool | None,
     batch_norm: Norms,
@@ -84,7 +91,9 @@ def read_settings(
         as_plan(share),
         _balance(names, balance),
         _one_of("matching", matching, ("optimal", "greedy", "random")),
-        _one_of("compensate", compensate, (True, False)),
+        _one_of("compensate", compensate, (True, False, "output")),
+        compensate is True if _one_of("adapt", adapt, (None, True, False)) is None else bool(adapt),
+        compensate is True if _one_of("spread", spread, (None, True, False)) is None else bool(spread),
         _one_of("residual", residual, ("coupled", "independent")),
         _one_of("aligned", aligned, (None, True, False)),
         _one_of("batch_norm", batch_norm, ("private", "fold")),

@@ -24,6 +24,9 @@ from taskzip.settings import Settings
 from taskzip.spaces import JointSpaces, Part, alike
 from taskzip.zipped import LayerRecord
 
+NONE = torch.empty(0, dtype=torch.long)
+"""No columns."""
+
 
 class Zipper:
     """What stays the same from layer to layer."""
@@ -84,7 +87,7 @@ class Zipper:
         for t, member in enumerate(self.members):
             own = {layer[t].name: layer[t] for layer in layers if t in layer and self.spaces.parts(layer)}
             seen = _survey(member, self.settings, own)
-            sides.append({name: self._side(t, x, member.weights(x), seen[name]) for name, x in own.items()})
+            sides.append({name: self._side(t, x, member.weights(x), seen[name], NONE) for name, x in own.items()})
         slots = stream_slots(
             self.members,
             layers,
@@ -123,13 +126,21 @@ class Zipper:
         return f"a {first.form} and a {other.form} have no weights in common"
 
     def _side(
-        self, task: int, layer: Layer, weights: Tensor, statistics: LayerStatistics, *, normed: bool = True
+        self,
+        task: int,
+        layer: Layer,
+        weights: Tensor,
+        statistics: LayerStatistics,
+        private: Tensor,
+        *,
+        normed: bool = True,
     ) -> TaskLayer:
         """A task's layer, free of its units' scale where batch-norm follows, if that is wanted."""
         if layer.batch_norm and normed:
             weights = weights / self.members[task].batch_norm_scale(layer)[:, None]
         samples, balance = self.members[task].samples, self.settings.balance[task]
-        return TaskLayer(task, layer, weights, statistics, samples, balance, self.settings.damping)
+        damping, private = self.settings.damping, private.to(weights.device)
+        return TaskLayer(task, layer, weights, statistics, samples, balance, damping, private)
 
     def _join(
         self,
@@ -142,7 +153,7 @@ class Zipper:
         """Lines 4 to 9 of Algorithm 1, one task after another, for the units of each joint space by themselves."""
         normed = all(layer.batch_norm for layer in inputs.layers.values())
         sides = {
-            t: self._side(t, layer, weights[t], s, normed=normed)
+            t: self._side(t, layer, weights[t], s, inputs.private(t) if self.settings.adapt else NONE, normed=normed)
             for t, layer in inputs.layers.items()
             if (s := statistics[t]) is not None
         }
@@ -155,7 +166,7 @@ class Zipper:
             )
             pairing = Pairing(each, self.settings.matching, self.settings.seed, self._is_aligned(part) and not own)
             joint = JointLayer(sides, inputs, part.rows, pairing, given)
-            if self.settings.compensate:
+            if self.settings.spread:
                 joint.match_spread()
             joints.append(joint)
         return joints
@@ -207,8 +218,7 @@ def _observe(member: Member, layer: Layer, settings: Settings, sharing: bool) ->
     """Lines 2 and 3 of Algorithm 1, where anything is to be done with it."""
     if not sharing and not _to_solve(member, layer, settings):
         return None
-    # What the original network answers serves compensation and batch-norm only; else one forward pass is enough.
-    changed = member.changed and not layer.reads_input and bool(settings.compensate or layer.batch_norm)
+    changed = member.changed and not layer.reads_input and _follows(layer, settings)
     if changed and not member.answers.started:
         _survey(member, settings, ())
     observer = member.observer(settings.max_rows, settings.seed)
@@ -222,15 +232,24 @@ def _survey(member: Member, settings: Settings, wanted: Collection[str]) -> dict
     layers = [
         layer
         for layer in member.structure.layers
-        if layer.name in wanted
-        or (layer.solvable and not layer.reads_input and (settings.compensate or layer.batch_norm))
+        if layer.name in wanted or (layer.solvable and not layer.reads_input and _follows(layer, settings))
     ]
     return member.observer(settings.max_rows, settings.seed).survey(layers, wanted)
 
 
+def _follows(layer: Layer, settings: Settings) -> bool:
+    """Whether anything needs what the original network answers; else one forward pass is enough."""
+    return settings.spread or bool(layer.batch_norm) or _solves(layer, settings)
+
+
 def _to_solve(member: Member, layer: Layer, settings: Settings) -> bool:
     """Whether compensation has anything to do: the layer's inputs may have changed."""
-    return settings.compensate and member.changed and layer.solvable and not layer.reads_input
+    return member.changed and not layer.reads_input and _solves(layer, settings)
+
+
+def _solves(layer: Layer, settings: Settings) -> bool:
+    """Whether compensation is for this layer."""
+    return layer.solvable and (settings.compensate is True or (bool(settings.compensate) and layer.pinned == OUTPUT))
 
 
 def _compensated(member: Member, layer: Layer, statistics: LayerStatistics | None, settings: Settings) -> Tensor:

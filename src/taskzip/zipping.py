@@ -17,7 +17,7 @@ from taskzip.observation import MaxRows
 from taskzip.plan import SharePlan
 from taskzip.randomness import seeded
 from taskzip.retraining import Retraining
-from taskzip.settings import Norms, Residual, Settings, read_settings
+from taskzip.settings import Compensation, Norms, Residual, Settings, read_settings
 from taskzip.task import Task
 from taskzip.zipped import ZippedModel
 from taskzip.zipper import Zipper, layer_name
@@ -32,7 +32,9 @@ def zip_tasks(
     share: float | Mapping[str, float] | SharePlan,
     balance: float | Sequence[float] | Mapping[str, float] | None = None,
     matching: Matching = "optimal",
-    compensate: bool = True,
+    compensate: Compensation = True,
+    adapt: bool | None = None,
+    spread: bool | None = None,
     residual: Residual = "coupled",
     aligned: bool | None = None,
     batch_norm: Norms = "private",
@@ -59,9 +61,13 @@ def zip_tasks(
         balance: the weight of each task's error (alpha): a dict by task name or a sequence, summing to 1; a single
             number is the first task's. Default: equal.
         matching: "optimal" (exact minimum-cost pairs), "greedy" (the paper's) or "random".
-        compensate: re-solve each task's weights from the changed inputs by least squares before merging, and bring
-            merged units back to their original spread (design 2.5). The paper's own procedure is `matching="greedy",
+        compensate: re-solve each task's weights from the changed inputs by least squares before merging (design 2.5);
+            "output": those of output layers only. The paper's own procedure is `matching="greedy",
             compensate=False`.
+        adapt: let a unit's private weights, those of inputs that no other task has, follow the shared ones as these are
+            merged; the units are then paired by what is left of the error. Never worse for the layer than private
+            weights that stay. Default: with full compensation.
+        spread: bring merged units back to the mean and spread that they had. Default: with full compensation.
         residual: how the layers that write into one residual stream find their pairs (Sec. 3.7). "coupled": one order
             of the stream's units for all of them, by their mean functional difference; nothing is re-ordered at run
             time. "independent": each by itself, and a gather restores the order of the stream.
@@ -97,6 +103,8 @@ def zip_tasks(
         balance=balance,
         matching=matching,
         compensate=compensate,
+        adapt=adapt,
+        spread=spread,
         residual=residual,
         aligned=aligned,
         batch_norm=batch_norm,
