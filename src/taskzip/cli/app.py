@@ -7,6 +7,7 @@ import typer
 import taskzip
 from taskzip.cli.demo import demo
 from taskzip.cli.leaving import INTERRUPTED, complain
+from taskzip.cli.reproduce import app as reproduce
 
 app = typer.Typer(
     name="taskzip",
@@ -16,6 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(demo)
+app.add_typer(reproduce, name="reproduce")
 
 
 def _version(wanted: bool) -> None:

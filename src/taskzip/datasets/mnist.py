@@ -11,7 +11,6 @@ import http.client
 import math
 import os
 import urllib.request
-import uuid
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from taskzip.errors import InputError
+from taskzip.files import replacing
 
 Split = Literal["train", "test"]
 Images = Float[Tensor, "n 1 28 28"]
@@ -182,10 +182,5 @@ def _check(zipped: bytes, md5: str) -> None:
 
 def _write_atomically(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own, so that two processes that download at the same time do not write to one file.
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    try:
+    with replacing(path) as part:
         part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -6,12 +6,12 @@ of a backend are touched. Colours differ in lightness too: the plots can be read
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from taskzip.errors import InputError
+from taskzip.files import replacing
 from taskzip.zipped import LayerRecord, ZippedModel
 from taskzip.zipped.blocks import installed, spec_of
 from taskzip.zipped.summary import separate_parameters
@@ -50,7 +50,7 @@ def plot_zip(zipped: ZippedModel, path: str | Path, *, errors: Errors | None = N
     """
     records = zipped.history.layers
     widths = [3.2, 3.2] if errors is None else [3.2, 3.2, 3.6]
-    figure = _figure(1.2 * sum(widths), 1.4 + 0.62 * max(len(records), 4))
+    figure = blank_figure(1.2 * sum(widths), 1.4 + 0.62 * max(len(records), 4))
     axes = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
     draw_sharing(axes[0], zipped)
     draw_parameters(axes[1], records, (separate_parameters(zipped), zipped.parameter_count()))
@@ -136,7 +136,7 @@ def draw_errors(axes: Axes, errors: Errors) -> None:
     axes.set_ylabel("wrong on test data (%)")
     axes.margins(y=0.12)
     axes.set_ylim(bottom=0)
-    _plain(axes)
+    plain(axes)
     _legend(axes, dict(zip(stages, colours, strict=True)), "Test error")
 
 
@@ -146,16 +146,16 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     Raises:
         OSError: the file cannot be written; whatever stood at `path` before still stands.
     """
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with replacing(path) as part:
         figure.savefig(part, format="png", dpi=DOTS)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
-def _figure(width: float, height: float) -> Figure:
+def blank_figure(width: float, height: float) -> Figure:
+    """A figure of this size in inches.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -173,10 +173,11 @@ def _rows(axes: Axes, records: Sequence[LayerRecord]) -> None:
     axes.set_yticks(range(len(records)), [record.name for record in records])
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)
-    _plain(axes)
+    plain(axes)
 
 
-def _plain(axes: Axes) -> None:
+def plain(axes: Axes) -> None:
+    """Take the frame off at the top and at the right."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
 

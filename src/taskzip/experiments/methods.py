@@ -1,0 +1,167 @@
+"""What each step of the method is worth: rivals, the paper's own, and what taskzip adds, one row each.
+
+Every hidden unit is shared, and then three quarters of them, for which private weights can follow. Mean and standard
+deviation over five pairs of networks, each with calibration images of its own.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import taskzip as tz
+from taskzip.experiments.networks import Kind, Shelf
+from taskzip.experiments.pairs import Pair
+from taskzip.experiments.results import Results
+from taskzip.experiments.rivals import averaged
+from taskzip.retraining import Loss
+
+Case = Literal["lenet300", "lenet300-sparse", "lenet5", "lenet5-sparse", "mnist-fashion"]
+CASES: tuple[Case, ...] = get_args(Case)
+
+PAIRS = ((0, 1), (0, 2), (1, 2), (1, 3), (2, 3))
+"""Which networks of a kind make the five pairs; of those for Fashion-MNIST there are two, taken in turn."""
+
+_PLAIN: dict[str, Any] = {"compensate": False}
+STEPS: dict[str, dict[str, Any]] = {
+    "random pairs": {"matching": "random", **_PLAIN},
+    "greedy MTZ (the paper)": {"matching": "greedy", **_PLAIN},
+    "optimal pairs": _PLAIN,
+    "+ output layers re-solved": {"compensate": "output"},
+    "+ compensation": {"adapt": False, "spread": False},
+    "+ spread": {"adapt": False},
+    "+ private weights follow": {},
+}
+RIVALS: dict[str, dict[str, bool]] = {
+    "plain average": {"matched": False},
+    "matched by correlation, averaged": {"matched": True},
+    "the same, output layers re-solved": {"matched": True, "resolved": True},
+}
+RETRAINED = ("optimal pairs", "+ private weights follow")
+SHARES = (1.0, 0.75)
+RETRAINING = (100, 600)
+LOSSES: tuple[Loss, ...] = ("labels", "distill")
+
+
+LATER = [(steps, loss) for steps in RETRAINING for loss in LOSSES]
+
+
+class Measured(NamedTuple):
+    """What one number is of."""
+
+    share: float
+    method: str
+    steps: int
+    loss: Loss | Literal[""]
+    pair: int
+
+    def key(self) -> tuple[str, ...]:
+        """As columns of a file."""
+        return tuple(map(str, self))
+
+
+def run(shelf: Shelf, out: Path, case: Case) -> str:
+    """Write methods-<case>.csv and methods-<case>.md, and return what stands in the latter.
+
+    Args:
+        shelf: for the trained and the pruned networks.
+        out: folder of both files, made where it is absent.
+        case: which networks.
+
+    Raises:
+        InputError: MNIST or Fashion-MNIST is absent.
+        OSError: a file cannot be written.
+    """
+    bench = Bench(shelf, out, case)
+    for number in range(len(PAIRS)):
+        bench.measure(number)
+    text = "\n\n".join(table(bench.results, share) for share in SHARES)
+    (out / f"methods-{case}.md").write_text(text + "\n")
+    return text
+
+
+def table(results: Results, share: float) -> str:
+    """One Markdown table: mean errors, and the rise of the mean of both with its deviation over the pairs."""
+    later = [f"{steps} steps, {loss}" for steps, loss in LATER]
+    lines = [
+        f"| {share:.0%} of the units shared | A | B | rise | {' | '.join(later)} |",
+        "|---" * (4 + len(later)) + "|",
+    ]
+    for method in ([*RIVALS] if share == 1 else []) + [*STEPS]:
+        first = _found(results, Measured(share, method, 0, "", 0))
+        errors = [statistics.mean(values[k] for values in first) for k in (2, 3)]
+        cells = [f"{errors[0]:.2f}", f"{errors[1]:.2f}", _rise(first)]
+        cells += [_rise(_found(results, Measured(share, method, steps, loss, 0))) for steps, loss in LATER]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+class Bench:
+    """All rows of one kind of networks."""
+
+    def __init__(self, shelf: Shelf, out: Path, case: Case) -> None:
+        self.shelf, self.case = shelf, case
+        self.results = Results(
+            out / f"methods-{case}.csv", Measured._fields, ["before_a", "before_b", "error_a", "error_b"]
+        )
+
+    def pair(self, number: int) -> Pair:
+        """One of the five pairs."""
+        a, b = PAIRS[number]
+        if self.case == "mnist-fashion":
+            networks = self.shelf.trained("lenet5", "mnist", a), self.shelf.trained("lenet5", "fashion", number % 2)
+            return Pair(networks, ("mnist", "fashion"))
+        kind: Kind = "lenet300" if self.case.startswith("lenet300") else "lenet5"
+        get = self.shelf.pruned if self.case.endswith("sparse") else self.shelf.trained
+        return Pair((get(kind, "mnist", a), get(kind, "mnist", b)), ("mnist", "mnist"))
+
+    def measure(self, number: int) -> None:
+        """All numbers of one pair."""
+        pair = self.pair(number)
+        before = pair.before()
+        tasks = pair.calibration(seed=number)
+        for share in SHARES:
+            for method, make in self._ways(tasks, share, number).items():
+                self._row(pair, before, Measured(share, method, 0, "", number), make)
+
+    def _ways(self, tasks: Sequence[tz.Task], share: float, seed: int) -> dict[str, Callable[[], tz.ZippedModel]]:
+        zips: dict[str, Callable[[], tz.ZippedModel]] = {
+            name: partial(tz.zip, tasks, share=share, progress=False, seed=seed, **options)
+            for name, options in STEPS.items()
+        }
+        rivals: dict[str, Callable[[], tz.ZippedModel]] = {
+            name: partial(averaged, tasks, **options) for name, options in RIVALS.items()
+        }
+        return (rivals | zips) if share == 1 else zips
+
+    def _row(self, pair: Pair, before: tuple[float, float], what: Measured, make: Callable[[], tz.ZippedModel]) -> None:
+        later = [what._replace(steps=n, loss=loss) for n, loss in LATER if what.method in RETRAINED]
+        if all(each.key() in self.results.found for each in (what, *later)):
+            return
+        zipped = make()
+        self.results.of(what.key(), lambda: (*before, *pair.errors(zipped)))
+        for each in later:
+            self.results.of(each.key(), partial(self._retrained, pair, before, zipped, each))
+        self.shelf.say(f"{self.case}, pair {what.pair + 1}, {what.share:.0%}: {what.method}")
+
+    def _retrained(
+        self, pair: Pair, before: tuple[float, float], zipped: tz.ZippedModel, what: Measured
+    ) -> tuple[float, ...]:
+        assert what.loss
+        retrained = pair.retrained(zipped, what.steps, what.loss, seed=what.pair)
+        return (*before, *pair.errors(retrained))
+
+
+def _found(results: Results, what: Measured) -> list[tuple[float, ...]]:
+    """The numbers of all pairs."""
+    keys = [what._replace(pair=number).key() for number in range(len(PAIRS))]
+    return [results.found[key] for key in keys if key in results.found]
+
+
+def _rise(found: Sequence[tuple[float, ...]]) -> str:
+    """Mean and standard deviation of the rise of both errors, in points."""
+    rises = [(a + b - before_a - before_b) / 2 for before_a, before_b, a, b in found]
+    return f"{statistics.mean(rises):+.2f} ± {statistics.stdev(rises):.2f}" if rises else ""
