@@ -52,4 +52,4 @@ class Results:
         with replacing(self.path) as part, part.open("w", newline="") as file:
             rows = csv.writer(file)
             rows.writerow(self._titles)
-            rows.writerows([*key, *(f"{value:.4g}" for value in values)] for key, values in self.found.items())
+            rows.writerows([*key, *(f"{value:.6g}" for value in values)] for key, values in self.found.items())
