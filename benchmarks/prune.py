@@ -2,7 +2,7 @@
 
 `TASKZIP_DATA=... python benchmarks/prune.py` prints a Markdown table; a fraction, such as `0.05`, may follow. Curvature
 and retraining use the 60,000 training images, the errors are those of the 10,000 test images. `--held-out` uses the
-last 10,000 training images in place of the test images, and leaves them out of all else: the settings were chosen there.
+last 10,000 training images in place of the test images and leaves them out of all else: settings were chosen there.
 """
 
 import sys
