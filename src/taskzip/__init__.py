@@ -3,6 +3,7 @@
 from taskzip.errors import CheckpointError, GraphError, InputError, TaskzipError
 from taskzip.inspection import inspect
 from taskzip.plan import Threshold
+from taskzip.pruning import prune
 from taskzip.retraining import Retraining, retrain
 from taskzip.task import Task
 from taskzip.zipped import ZippedModel, load
@@ -22,6 +23,7 @@ __all__ = [
     "__version__",
     "inspect",
     "load",
+    "prune",
     "retrain",
     "zip",
 ]

@@ -52,13 +52,13 @@ class Zipper:
         before = _size(members, layers)
         sharing = set(inputs.layers) if parts and (quota.pairs or self.aligned) else set()
 
-        statistics = {t: _observe(members[t], x, settings, t in sharing) for t, x in layers.items()}
-        weights = {t: _compensated(members[t], x, statistics[t], settings) for t, x in layers.items()}
+        statistics = {t: observe(members[t], x, settings, t in sharing) for t, x in layers.items()}
+        weights = {t: compensated(members[t], x, statistics[t], settings) for t, x in layers.items()}
         joints = self._join(inputs, parts, statistics, weights, quota) if sharing else []
         for joint in joints:
             joint.write(weights)
         for t, layer in layers.items():
-            _settle(members[t], layer, statistics[t], weights[t], settings)
+            settle(members[t], layer, statistics[t], weights[t], settings)
         for part, joint in zip(parts, joints, strict=False):
             self._place(part, joint)
         shared = sum(joint.shared_rows() for joint in joints)
@@ -86,7 +86,7 @@ class Zipper:
         sides = []
         for t, member in enumerate(self.members):
             own = {layer[t].name: layer[t] for layer in layers if t in layer and self.spaces.parts(layer)}
-            seen = _survey(member, self.settings, own)
+            seen = survey(member, self.settings, own)
             sides.append({name: self._side(t, x, member.weights(x), seen[name], NONE) for name, x in own.items()})
         slots = stream_slots(
             self.members,
@@ -214,20 +214,20 @@ def _shared_rows(task: int, parts: Sequence[Part], joints: Sequence[JointLayer])
     return {owners: np.concatenate(rows) for owners, rows in found.items()}
 
 
-def _observe(member: Member, layer: Layer, settings: Settings, sharing: bool) -> LayerStatistics | None:
+def observe(member: Member, layer: Layer, settings: Settings, sharing: bool) -> LayerStatistics | None:
     """Lines 2 and 3 of Algorithm 1, where anything is to be done with it."""
     if not sharing and not _to_solve(member, layer, settings):
         return None
     changed = member.changed and not layer.reads_input and _follows(layer, settings)
     if changed and not member.answers.started:
-        _survey(member, settings, ())
+        survey(member, settings, ())
     observer = member.observer(settings.max_rows, settings.seed)
     statistics = observer.observe(layer, changed=changed, rows=member.original_rows(layer))
     member.answers.forget(layer.name)
     return statistics
 
 
-def _survey(member: Member, settings: Settings, wanted: Collection[str]) -> dict[str, LayerStatistics]:
+def survey(member: Member, settings: Settings, wanted: Collection[str]) -> dict[str, LayerStatistics]:
     """One pass over a task's data with the original network, for all layers."""
     layers = [
         layer
@@ -252,14 +252,15 @@ def _solves(layer: Layer, settings: Settings) -> bool:
     return layer.solvable and (settings.compensate is True or (bool(settings.compensate) and layer.pinned == OUTPUT))
 
 
-def _compensated(member: Member, layer: Layer, statistics: LayerStatistics | None, settings: Settings) -> Tensor:
+def compensated(member: Member, layer: Layer, statistics: LayerStatistics | None, settings: Settings) -> Tensor:
+    """A layer's weights, solved again where its inputs may have changed (design 2.5)."""
     weights = member.weights(layer)
     if statistics is None or not _to_solve(member, layer, settings):
         return weights
     return least_squares(statistics, weights, settings.ridge, bias=layer.bias is not None)
 
 
-def _settle(
+def settle(
     member: Member, layer: Layer, statistics: LayerStatistics | None, weights: Tensor, settings: Settings
 ) -> None:
     """Write a layer's new weights into the network, and let the batch-norm behind it follow."""

@@ -57,12 +57,10 @@ class Shelf:
     Args:
         folder: for the files.
         say: is told in a line what takes long.
-        iterations: of training instead of the paper's, to try things out.
     """
 
     folder: Path
     say: Say
-    iterations: int | None = None
 
     def trained(self, kind: Kind, dataset: Dataset, seed: int) -> nn.Module:
         """A trained network in eval mode, from its file if that is there."""
@@ -96,7 +94,7 @@ class Shelf:
 
     def _train(self, kind: Kind, dataset: Dataset, seed: int, half_way: Path) -> nn.Module:
         images, labels = READ[dataset](split="train")
-        iterations = self.iterations or ITERATIONS[kind]
+        iterations = ITERATIONS[kind]
         self.say(f"training {kind} number {seed} on {dataset}: {iterations:,} iterations")
         with seeded(seed):
             model = BUILD[kind]()

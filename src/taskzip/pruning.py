@@ -1,0 +1,229 @@
+"""Pruning by layer-wise optimal brain surgeon (L-OBS), from the same curvature as zipping."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from numbers import Real
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from taskzip.curvature import LayerStatistics, damped
+from taskzip.errors import InputError
+from taskzip.factored import restricted
+from taskzip.graph import Layer
+from taskzip.members import Member
+from taskzip.observation import MaxRows
+from taskzip.randomness import seeded
+from taskzip.recalibration import least_squares
+from taskzip.retraining import Retraining
+from taskzip.settings import Settings, read_settings
+from taskzip.surgeon import removal_costs
+from taskzip.task import Task
+from taskzip.zipped import ZippedModel
+from taskzip.zipped.model import History
+from taskzip.zipper import compensated, observe, settle, survey
+
+log = logging.getLogger("taskzip")
+"""Says at level INFO what became of each layer, and warns of those that cannot be pruned."""
+
+_LEAST_DAMPING = 1e-10
+"""Keeps the curvature of dead inputs positive, however little damping is wanted."""
+
+_DEEPER = 0.3
+"""How far below the mean density the costs of a layer are followed when layers are compared."""
+
+
+def prune(
+    task: Task,
+    *,
+    keep: float | Mapping[str, float],
+    retrain: int | Retraining | None = None,
+    damping: float = 1e-2,
+    ridge: float = 1e-3,
+    max_rows: MaxRows = "auto",
+    progress: bool = True,
+    seed: int = 0,
+) -> nn.Module:
+    """Remove weights of a trained network by layer-wise optimal brain surgeon, without labels or training.
+
+    Layer by layer, from the inputs as pruning so far has left them: the weights go whose removal raises the error
+    against the original network's pre-activations least, in rounds (eq. 5 of L-OBS, see `surgeon`), and those that stay
+    are solved again by least squares (eq. 6, for all at once). The given network is left exactly as it was. What was
+    0 stays 0, biases stay, and `zip` keeps all zeros. Running statistics of a batch-norm that directly follows a layer
+    follow its new weights.
+
+    Args:
+        task: the network, its calibration data, and the loss if labels are to retrain it.
+        keep: the fraction (above 0, to 1) of weights to keep: one number for the weights of all layers together,
+            which are divided among the layers by the rise of the layers' errors relative to the variance of their
+            pre-activations; or a dict by layer name. Layers that the dict leaves out keep their weights as they are;
+            those with 1.0 keep all, but are solved again. Layers whose units do not read all inputs (grouped and
+            depthwise convolutions), or whose weights have other readers, always stay whole: with one number a warning
+            names them, and they count.
+        retrain: steps of light retraining that keeps the zeros, with labels and a relative step of 0.01, or
+            `Retraining` for more settings, such as `loss="distill"`. Default: none.
+        damping: added to the curvature for the choice of weights, relative to the mean of its diagonal.
+        ridge: strength with which solving again holds on to the present weights, relative to the inputs' mean square.
+        max_rows: how many rows (samples times output positions) a layer's curvature is summed over: a number, "auto"
+            (50 per column), or None for all.
+        progress: show a progress bar on standard error.
+        seed: for sampled rows and retraining.
+
+    Returns:
+        The pruned network: the same class and state_dict keys, units in the same order, in eval mode.
+
+    Raises:
+        InputError: task, data or settings that cannot be used; the message names task and layer.
+        GraphError: a network that torch.export cannot follow.
+    """
+    if not isinstance(task, Task):
+        raise InputError(f"prune takes a taskzip.Task, got {type(task).__name__}.")
+    settings = read_settings(
+        [task.name],
+        share=0.0,
+        balance=None,
+        matching="optimal",
+        compensate=True,
+        adapt=None,
+        spread=None,
+        residual="coupled",
+        aligned=None,
+        batch_norm="private",
+        layers=None,
+        damping=damping,
+        ridge=ridge,
+        max_rows=max_rows,
+        retrain=retrain,
+        seed=seed,
+    )
+    if isinstance(settings.retraining.steps, Mapping):
+        raise InputError("prune retrains once, at the end: give `retrain` a number of steps, not a dict by layer.")
+    _check_fractions(keep)
+    with seeded(settings.seed):
+        member = Member(task, settings.seed)
+        settings.retraining.check([task])
+        _prune(member, _counts(member, keep, settings), settings, progress)
+        return _retrained(member, settings, progress)
+
+
+def _check_fractions(keep: float | Mapping[str, float]) -> None:
+    for where, part in keep.items() if isinstance(keep, Mapping) else [("all layers", keep)]:
+        if not isinstance(part, Real) or isinstance(part, bool) or not 0 < part <= 1:
+            raise InputError(f"keep for {where} is {part!r}: give a fraction above 0, up to 1, or a dict of these.")
+
+
+def _counts(member: Member, keep: float | Mapping[str, float], settings: Settings) -> dict[str, int]:
+    """How many weights each layer that is to be pruned keeps."""
+    layers = {layer.name: layer for layer in member.structure.layers}
+    if not isinstance(keep, Mapping):
+        return _divided(member, float(keep), settings)
+    for name in keep:
+        if name not in layers:
+            raise InputError(
+                f"task {member.task.name!r}: keep names layer {name!r}; its layers are {', '.join(layers)}."
+            )
+        if not layers[name].solvable:
+            raise InputError(
+                f"task {member.task.name!r}: layer {name!r} cannot be pruned ({_obstacle(layers[name])}): leave it out "
+                f"of `keep`."
+            )
+    return {name: max(1, round(part * _size(layers[name]))) for name, part in keep.items()}
+
+
+def _divided(member: Member, keep: float, settings: Settings) -> dict[str, int]:
+    """One fraction for all: the weights that are dearest for their layer, errors being relative to its answers."""
+    layers = [layer for layer in member.structure.layers if layer.solvable]
+    whole = [layer for layer in member.structure.layers if not layer.solvable]
+    listed = ", ".join(f"{layer.name} ({_obstacle(layer)})" for layer in whole)
+    if whole:
+        log.warning("task %r: left whole: %s", member.task.name, listed)
+    total, fixed = sum(map(_size, member.structure.layers)), sum(map(_size, whole))
+    count = round(keep * total) - fixed
+    if count < len(layers):
+        raise InputError(
+            f"task {member.task.name!r}: keep={keep} leaves too little: one weight of each layer and all of those that "
+            f"cannot be pruned ({listed or 'none'}) are {(fixed + len(layers)) / total:.2g} of the weights."
+        )
+    if count == total - fixed:
+        return {layer.name: _size(layer) for layer in layers}
+    seen = survey(member, settings, {layer.name for layer in layers})
+    costs = [_relative_costs(member, layer, seen[layer.name], keep, settings).flatten() for layer in layers]
+    owners = torch.cat([torch.full_like(each, k, dtype=torch.int64) for k, each in enumerate(costs)])
+    shares = owners[torch.cat(costs).topk(count).indices].bincount(minlength=len(layers))
+    return {layer.name: share for layer, share in zip(layers, shares.tolist(), strict=True)}
+
+
+def _relative_costs(
+    member: Member, layer: Layer, statistics: LayerStatistics, keep: float, settings: Settings
+) -> Tensor:
+    """What each weight of the original network costs, relative to the variance of the layer's answers."""
+    weights = member.weights(layer)
+    variance = statistics.moments(_normed(member, layer, weights))[1].sum()
+    kept = round(_DEEPER * keep * _size(layer))
+    costs = _removal_costs(member, layer, statistics, weights, kept, settings) / (statistics.rows * variance)
+    costs.view(-1)[costs.argmax()] = torch.inf  # no layer vanishes
+    return costs.nan_to_num(0, torch.inf, -torch.inf)
+
+
+def _prune(member: Member, counts: Mapping[str, int], settings: Settings, progress: bool) -> None:
+    """Layer by layer in the order in which they run, so that each makes up for those before it."""
+    with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
+        todo = bar.add_task("pruning", total=len(member.structure.layers))
+        for layer in member.structure.layers:
+            bar.update(todo, description=f"pruning {layer.name}")
+            if layer.name in counts:
+                _prune_layer(member, layer, counts[layer.name], settings)
+            else:
+                settle(member, layer, None, member.weights(layer), settings)
+            bar.advance(todo)
+
+
+def _prune_layer(member: Member, layer: Layer, count: int, settings: Settings) -> None:
+    connections = int(member.weights(layer)[:, :-1].count_nonzero())
+    if count >= connections and not member.changed:
+        return
+    statistics = observe(member, layer, settings, sharing=True)
+    assert statistics is not None
+    weights = compensated(member, layer, statistics, settings)
+    if count < connections:
+        costs = _removal_costs(member, layer, statistics, weights, count, settings).flatten()
+        kept = torch.zeros_like(costs).index_fill(0, costs.topk(count).indices, 1)
+        weights[:, :-1] *= kept.view(len(weights), -1)
+        weights = least_squares(statistics, weights, settings.ridge, bias=layer.bias is not None)
+        member.changed = True
+    settle(member, layer, statistics, weights, settings)
+    log.info("%s: %d of %d weights kept", layer.name, min(count, connections), _size(layer))
+
+
+def _removal_costs(
+    member: Member, layer: Layer, statistics: LayerStatistics, weights: Tensor, kept: int, settings: Settings
+) -> Tensor:
+    d = weights.shape[1] - (layer.bias is None)
+    h = restricted(damped(statistics.curvature, max(settings.damping, _LEAST_DAMPING)), slice(0, d))
+    return removal_costs(h, _normed(member, layer, weights)[:, :d], kept, free=weights.shape[1] - 1)
+
+
+def _retrained(member: Member, settings: Settings, progress: bool) -> nn.Module:
+    retraining, steps = settings.retraining, settings.retraining.after("")
+    if steps:
+        network = ZippedModel({member.task.name: member.network}, History(settings.as_dict()))
+        weights = member.layer_weights()
+        retraining.run(network, [member.task], steps, seed=settings.seed, weights=weights, progress=progress)
+    return member.network.eval()
+
+
+def _normed(member: Member, layer: Layer, weights: Tensor) -> Tensor:
+    """A batch-norm behind a layer makes the scale of its units meaningless."""
+    return weights / member.batch_norm_scale(layer)[:, None] if layer.batch_norm else weights
+
+
+def _obstacle(layer: Layer) -> str:
+    return layer.pinned or "its units do not read all inputs"
+
+
+def _size(layer: Layer) -> int:
+    return layer.units * layer.inputs * layer.taps
