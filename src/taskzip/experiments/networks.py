@@ -67,7 +67,7 @@ class Shelf:
         return self.kept(f"{kind}-{dataset}-{seed}", BUILD[kind], lambda path: self._train(kind, dataset, seed, path))
 
     def pruned(self, kind: Kind, dataset: Dataset, seed: int) -> nn.Module:
-        """The same network, pruned by L-OBS and retrained lightly with its zeros kept, from its file if that is there."""
+        """The same network pruned by L-OBS and lightly retrained, zeros kept; from its file if that is there."""
 
         def make(_: Path) -> nn.Module:
             model = self.trained(kind, dataset, seed)
