@@ -30,8 +30,8 @@ from taskzip.zipper import compensated, observe, settle, survey
 log = logging.getLogger("taskzip")
 """Says at level INFO what became of each layer, and warns of those that cannot be pruned."""
 
-_LEAST_DAMPING = 1e-10
-"""Keeps the curvature of dead inputs positive, however little damping is wanted."""
+_LEAST_DAMPING = 1e-4
+"""Keeps curvatures positive definite that were summed up in float32, however little damping is wanted."""
 
 _DEEPER = 0.3
 """How far below the mean density the costs of a layer are followed when layers are compared."""
@@ -66,7 +66,8 @@ def prune(
             names them, and they count.
         retrain: steps of light retraining that keeps the zeros, with labels and a relative step of 0.01, or
             `Retraining` for more settings, such as `loss="distill"`. Default: none.
-        damping: added to the curvature for the choice of weights, relative to the mean of its diagonal.
+        damping: added to the curvature for the choice of weights, relative to the mean of its diagonal;
+            at least 1e-4.
         ridge: strength with which solving again holds on to the present weights, relative to the inputs' mean square.
         max_rows: how many rows (samples times output positions) a layer's curvature is summed over: a number, "auto"
             (50 per column), or None for all.
@@ -109,7 +110,10 @@ def prune(
 
 
 def _check_fractions(keep: float | Mapping[str, float]) -> None:
-    for where, part in keep.items() if isinstance(keep, Mapping) else [("all layers", keep)]:
+    parts = (
+        {f"layer {name!r}": part for name, part in keep.items()} if isinstance(keep, Mapping) else {"all layers": keep}
+    )
+    for where, part in parts.items():
         if not isinstance(part, Real) or isinstance(part, bool) or not 0 < part <= 1:
             raise InputError(f"keep for {where} is {part!r}: give a fraction above 0, up to 1, or a dict of these.")
 

@@ -9,6 +9,8 @@ could stand in for it are gone, so that here the cheapest go in rounds, and the 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -29,7 +31,7 @@ def removal_costs(
 ) -> Float[Tensor, "units free"]:
     """What each weight cost when it was removed, in rounds, until only `kept` are left.
 
-    Costs never fall from one round to the next, so that the dearest k, for any k >= kept, are those to keep.
+    Costs rise from one round to the next, so that the dearest k, for any k >= kept, are those to keep.
 
     Args:
         h: the curvature H, positive definite (damped).
@@ -54,7 +56,7 @@ def removal_costs(
         if left >= len(found):
             return costs
         gone = found.argsort()[: len(found) - left]
-        lowest = float(found[gone[-1]])
+        lowest = math.nextafter(float(found[gone[-1]]), math.inf)
         exists[places[0][gone], places[1][gone]] = False
         now = _costs(h, right, exists)
 
