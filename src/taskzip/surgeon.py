@@ -1,7 +1,7 @@
 """The layer-wise optimal brain surgeon: what it costs to remove a weight if those that stay make up for it.
 
 Around its present weights a layer's error is 1/2 dw^T H dw for every unit, with H = sum x x^T. Removing weight q and
-moving the others of the unit's support S by the best dw costs L_q = w_q^2 / (2 [H_SS^-1]_qq): eq. 5 and 6 of X. Dong,
+moving the others of the unit's support S by the best dw costs L_q = w_q^2 / (2 [H_SS^-1]_qq): Sec. 3 of X. Dong,
 S. Chen, S. J. Pan, Learning to Prune Deep Neural Networks via Layer-wise Optimal Brain Surgeon, NeurIPS 2017
 (arXiv:1705.07565). The paper ranks all weights once. Where inputs are correlated, a weight becomes dear when those that
 could stand in for it are gone, so that here the cheapest go in rounds, and the rest is solved again after each.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from taskzip.factored import Factored, Span
@@ -102,7 +102,7 @@ def _costs(
 
 
 def _on_supports(
-    h: Float[Tensor, "d d"] | Factored, columns: Int[Tensor, "units s"], there: Int[Tensor, "units s"]
+    h: Float[Tensor, "d d"] | Factored, columns: Int[Tensor, "units s"], there: UInt8[Tensor, "units s"]
 ) -> Float[Tensor, "units s s"]:
     """H over each unit's columns, the unit matrix where a column is only padding."""
     if isinstance(h, Factored):
