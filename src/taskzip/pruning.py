@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from numbers import Real
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import nn
 
-from taskzip.curvature import LayerStatistics, damped
+from taskzip.density import check_fractions, kept_counts, layer_costs, size
 from taskzip.errors import InputError
-from taskzip.factored import restricted
 from taskzip.graph import Layer
 from taskzip.members import Member
 from taskzip.observation import MaxRows
@@ -21,20 +19,13 @@ from taskzip.randomness import seeded
 from taskzip.recalibration import least_squares
 from taskzip.retraining import Retraining
 from taskzip.settings import Settings, read_settings
-from taskzip.surgeon import removal_costs
 from taskzip.task import Task
 from taskzip.zipped import ZippedModel
 from taskzip.zipped.model import History
-from taskzip.zipper import compensated, observe, settle, survey
+from taskzip.zipper import compensated, observe, settle
 
 log = logging.getLogger("taskzip")
-"""Says at level INFO what became of each layer, and warns of those that cannot be pruned."""
-
-_LEAST_DAMPING = 1e-10
-"""Keeps the curvature of dead inputs positive, however little damping is wanted."""
-
-_DEEPER = 0.3
-"""How far below the mean density the costs of a layer are followed when layers are compared."""
+"""Says at level INFO what became of each layer, and warns of those that stay whole."""
 
 
 def prune(
@@ -51,10 +42,11 @@ def prune(
     """Remove weights of a trained network by layer-wise optimal brain surgeon, without labels or training.
 
     Layer by layer, from the inputs as pruning so far has left them: the weights go whose removal raises the error
-    against the original network's pre-activations least, in rounds (eq. 5 of L-OBS, see `surgeon`), and those that stay
-    are solved again by least squares (eq. 6, for all at once). The given network is left exactly as it was. What was
-    0 stays 0, biases stay, and `zip` keeps all zeros. Running statistics of a batch-norm that directly follows a layer
-    follow its new weights.
+    against the original network's pre-activations least, w^2 / (2 [H^-1]_qq) with H = sum x x^T, in rounds (`surgeon`);
+    those that stay are solved again by least squares, which is the paper's update for all removed weights at once
+    (Dong, Chen, Pan, 2017, arXiv:1705.07565, Sec. 3). The given network is left exactly as it was. What was 0 stays 0,
+    biases stay, and `zip` keeps all zeros. Running statistics of a batch-norm that directly follows a layer follow its
+    new weights.
 
     Args:
         task: the network, its calibration data, and the loss if labels are to retrain it.
@@ -66,7 +58,8 @@ def prune(
             names them, and they count.
         retrain: steps of light retraining that keeps the zeros, with labels and a relative step of 0.01, or
             `Retraining` for more settings, such as `loss="distill"`. Default: none.
-        damping: added to the curvature for the choice of weights, relative to the mean of its diagonal.
+        damping: added to the curvature for the choice of weights, relative to the mean of its diagonal;
+            at least 1e-4.
         ridge: strength with which solving again holds on to the present weights, relative to the inputs' mean square.
         max_rows: how many rows (samples times output positions) a layer's curvature is summed over: a number, "auto"
             (50 per column), or None for all.
@@ -102,71 +95,12 @@ def prune(
     )
     if isinstance(settings.retraining.steps, Mapping):
         raise InputError("prune retrains once, at the end: give `retrain` a number of steps, not a dict by layer.")
-    _check_fractions(keep)
+    check_fractions(keep)
     with seeded(settings.seed):
         member = Member(task, settings.seed)
         settings.retraining.check([task])
-        _prune(member, _counts(member, keep, settings), settings, progress)
+        _prune(member, kept_counts(member, keep, settings), settings, progress)
         return _retrained(member, settings, progress)
-
-
-def _check_fractions(keep: float | Mapping[str, float]) -> None:
-    for where, part in keep.items() if isinstance(keep, Mapping) else [("all layers", keep)]:
-        if not isinstance(part, Real) or isinstance(part, bool) or not 0 < part <= 1:
-            raise InputError(f"keep for {where} is {part!r}: give a fraction above 0, up to 1, or a dict of these.")
-
-
-def _counts(member: Member, keep: float | Mapping[str, float], settings: Settings) -> dict[str, int]:
-    """How many weights each layer that is to be pruned keeps."""
-    layers = {layer.name: layer for layer in member.structure.layers}
-    if not isinstance(keep, Mapping):
-        return _divided(member, float(keep), settings)
-    for name in keep:
-        if name not in layers:
-            raise InputError(
-                f"task {member.task.name!r}: keep names layer {name!r}; its layers are {', '.join(layers)}."
-            )
-        if not layers[name].solvable:
-            raise InputError(
-                f"task {member.task.name!r}: layer {name!r} cannot be pruned ({_obstacle(layers[name])}): leave it out "
-                f"of `keep`."
-            )
-    return {name: max(1, round(part * _size(layers[name]))) for name, part in keep.items()}
-
-
-def _divided(member: Member, keep: float, settings: Settings) -> dict[str, int]:
-    """One fraction for all: the weights that are dearest for their layer, errors being relative to its answers."""
-    layers = [layer for layer in member.structure.layers if layer.solvable]
-    whole = [layer for layer in member.structure.layers if not layer.solvable]
-    listed = ", ".join(f"{layer.name} ({_obstacle(layer)})" for layer in whole)
-    if whole:
-        log.warning("task %r: left whole: %s", member.task.name, listed)
-    total, fixed = sum(map(_size, member.structure.layers)), sum(map(_size, whole))
-    count = round(keep * total) - fixed
-    if count < len(layers):
-        raise InputError(
-            f"task {member.task.name!r}: keep={keep} leaves too little: one weight of each layer and all of those that "
-            f"cannot be pruned ({listed or 'none'}) are {(fixed + len(layers)) / total:.2g} of the weights."
-        )
-    if count == total - fixed:
-        return {layer.name: _size(layer) for layer in layers}
-    seen = survey(member, settings, {layer.name for layer in layers})
-    costs = [_relative_costs(member, layer, seen[layer.name], keep, settings).flatten() for layer in layers]
-    owners = torch.cat([torch.full_like(each, k, dtype=torch.int64) for k, each in enumerate(costs)])
-    shares = owners[torch.cat(costs).topk(count).indices].bincount(minlength=len(layers))
-    return {layer.name: share for layer, share in zip(layers, shares.tolist(), strict=True)}
-
-
-def _relative_costs(
-    member: Member, layer: Layer, statistics: LayerStatistics, keep: float, settings: Settings
-) -> Tensor:
-    """What each weight of the original network costs, relative to the variance of the layer's answers."""
-    weights = member.weights(layer)
-    variance = statistics.moments(_normed(member, layer, weights))[1].sum()
-    kept = round(_DEEPER * keep * _size(layer))
-    costs = _removal_costs(member, layer, statistics, weights, kept, settings) / (statistics.rows * variance)
-    costs.view(-1)[costs.argmax()] = torch.inf  # no layer vanishes
-    return costs.nan_to_num(0, torch.inf, -torch.inf)
 
 
 def _prune(member: Member, counts: Mapping[str, int], settings: Settings, progress: bool) -> None:
@@ -190,21 +124,13 @@ def _prune_layer(member: Member, layer: Layer, count: int, settings: Settings) -
     assert statistics is not None
     weights = compensated(member, layer, statistics, settings)
     if count < connections:
-        costs = _removal_costs(member, layer, statistics, weights, count, settings).flatten()
+        costs = layer_costs(member, layer, statistics, weights, count, settings).flatten()
         kept = torch.zeros_like(costs).index_fill(0, costs.topk(count).indices, 1)
         weights[:, :-1] *= kept.view(len(weights), -1)
         weights = least_squares(statistics, weights, settings.ridge, bias=layer.bias is not None)
         member.changed = True
     settle(member, layer, statistics, weights, settings)
-    log.info("%s: %d of %d weights kept", layer.name, min(count, connections), _size(layer))
-
-
-def _removal_costs(
-    member: Member, layer: Layer, statistics: LayerStatistics, weights: Tensor, kept: int, settings: Settings
-) -> Tensor:
-    d = weights.shape[1] - (layer.bias is None)
-    h = restricted(damped(statistics.curvature, max(settings.damping, _LEAST_DAMPING)), slice(0, d))
-    return removal_costs(h, _normed(member, layer, weights)[:, :d], kept, free=weights.shape[1] - 1)
+    log.info("%s: %d of %d weights kept", layer.name, min(count, connections), size(layer))
 
 
 def _retrained(member: Member, settings: Settings, progress: bool) -> nn.Module:
@@ -214,16 +140,3 @@ def _retrained(member: Member, settings: Settings, progress: bool) -> nn.Module:
         weights = member.layer_weights()
         retraining.run(network, [member.task], steps, seed=settings.seed, weights=weights, progress=progress)
     return member.network.eval()
-
-
-def _normed(member: Member, layer: Layer, weights: Tensor) -> Tensor:
-    """A batch-norm behind a layer makes the scale of its units meaningless."""
-    return weights / member.batch_norm_scale(layer)[:, None] if layer.batch_norm else weights
-
-
-def _obstacle(layer: Layer) -> str:
-    return layer.pinned or "its units do not read all inputs"
-
-
-def _size(layer: Layer) -> int:
-    return layer.units * layer.inputs * layer.taps

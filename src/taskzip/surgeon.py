@@ -1,7 +1,7 @@
 """The layer-wise optimal brain surgeon: what it costs to remove a weight if those that stay make up for it.
 
 Around its present weights a layer's error is 1/2 dw^T H dw for every unit, with H = sum x x^T. Removing weight q and
-moving the others of the unit's support S by the best dw costs L_q = w_q^2 / (2 [H_SS^-1]_qq): eq. 5 and 6 of X. Dong,
+moving the others of the unit's support S by the best dw costs L_q = w_q^2 / (2 [H_SS^-1]_qq): Sec. 3 of X. Dong,
 S. Chen, S. J. Pan, Learning to Prune Deep Neural Networks via Layer-wise Optimal Brain Surgeon, NeurIPS 2017
 (arXiv:1705.07565). The paper ranks all weights once. Where inputs are correlated, a weight becomes dear when those that
 could stand in for it are gone, so that here the cheapest go in rounds, and the rest is solved again after each.
@@ -9,8 +9,10 @@ could stand in for it are gone, so that here the cheapest go in rounds, and the 
 
 from __future__ import annotations
 
+import math
+
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from taskzip.factored import Factored, Span
@@ -29,7 +31,7 @@ def removal_costs(
 ) -> Float[Tensor, "units free"]:
     """What each weight cost when it was removed, in rounds, until only `kept` are left.
 
-    Costs never fall from one round to the next, so that the dearest k, for any k >= kept, are those to keep.
+    Costs rise from one round to the next, so that the dearest k, for any k >= kept, are those to keep.
 
     Args:
         h: the curvature H, positive definite (damped).
@@ -54,7 +56,7 @@ def removal_costs(
         if left >= len(found):
             return costs
         gone = found.argsort()[: len(found) - left]
-        lowest = float(found[gone[-1]])
+        lowest = math.nextafter(float(found[gone[-1]]), math.inf)
         exists[places[0][gone], places[1][gone]] = False
         now = _costs(h, right, exists)
 
@@ -100,7 +102,7 @@ def _costs(
 
 
 def _on_supports(
-    h: Float[Tensor, "d d"] | Factored, columns: Int[Tensor, "units s"], there: Int[Tensor, "units s"]
+    h: Float[Tensor, "d d"] | Factored, columns: Int[Tensor, "units s"], there: UInt8[Tensor, "units s"]
 ) -> Float[Tensor, "units s s"]:
     """H over each unit's columns, the unit matrix where a column is only padding."""
     if isinstance(h, Factored):
