@@ -21,6 +21,7 @@ Place = tuple[str, int]
 """A layer and the number of one of its parts."""
 
 _HALVINGS = 50
+_PASSES = 5
 
 
 class Read(NamedTuple):
@@ -99,12 +100,33 @@ class Tradeoff:
         total = 0.0
         for layer, _, parts, bias, reads in self._curves:
             inputs = sum(columns * (1 if writer is None else shared[writer]) for columns, writer in reads)
-            counts[layer] = plan[layer] if inputs else 0
-            pairs = [quota.pairs for quota in Quota(counts[layer]).divided([part.units for part in parts])]
-            for k, (part, n) in enumerate(zip(parts, pairs, strict=True)):
+            counts[layer] = count = plan[layer] if inputs else 0
+            for k, (part, n) in enumerate(zip(parts, _pairs(count, parts), strict=True)):
                 shared[layer, k] = n / part.units
                 total += n * part.rows * (bias + inputs)
         return counts, round(total)
+
+    def _gains(self, plan: Mapping[str, int]) -> dict[str, float]:
+        """What one more pair of each layer saves: its own weights, and those of later layers that read it."""
+        inputs: dict[str, float] = {}
+        read: dict[Place, float] = {}
+        for layer, _, parts, _, reads in self._curves:
+            rows = sum(n * part.rows for part, n in zip(parts, _pairs(plan[layer], parts), strict=True))
+            inputs[layer] = 0.0
+            for columns, writer in reads:
+                if writer is None:
+                    inputs[layer] += columns
+                else:
+                    inputs[layer] += columns * plan[writer[0]] / self.everything[writer[0]]
+                    read[writer] = read.get(writer, 0.0) + columns * rows
+        return {
+            layer: sum(
+                part.units * part.rows * (bias + inputs[layer]) + read.get((layer, k), 0.0)
+                for k, part in enumerate(parts)
+            )
+            / max(self.everything[layer], 1)
+            for layer, _, parts, bias, _ in self._curves
+        }
 
     def _smallest(self, saving: float, plan_at: Callable[[float], Counts]) -> Counts:
         """Of plans that grow as a number goes from 0 to 1, the first that saves enough."""
@@ -130,42 +152,53 @@ class Tradeoff:
         price, plan = level / (1 - level) / max(self.saving(self.everything), 1), self.everything
         while True:
             before = plan
-            for layer, units in self.everything.items():
-                gain = self.saving({**plan, layer: units}) - self.saving({**plan, layer: 0})
-                profit = price * gain * np.arange(units + 1) / max(units, 1) - self._cost[layer]
-                best = len(profit) - 1 - int(np.argmax(profit[::-1]))  # the larger of equals
-                plan = {**plan, layer: min(best, plan[layer])}
+            for layer, gain in self._gains(plan).items():
+                profit = price * gain * np.arange(plan[layer] + 1) - self._cost[layer][: plan[layer] + 1]
+                plan = {**plan, layer: len(profit) - 1 - int(np.argmax(profit[::-1]))}  # the larger of equals
             plan = self.possible(plan)
             if plan == before:
                 return plan
 
     def _improved(self, plan: Counts, saving: float) -> Counts:
-        """Give pairs back as long as enough is saved; then raise a layer where others can give back more for it."""
+        """Give pairs back as long as enough is saved; then raise a layer where another can give back more for it."""
         plan = self._trimmed(plan, saving)
-        better = True
-        while better:
-            better = False
+        for _ in range(_PASSES):
+            before = plan
             for layer, units in self.everything.items():
                 for count in {plan[layer] + 1, plan[layer] + max(1, units // 16), units}:
                     if plan[layer] < count <= units:
-                        other = self._trimmed({**plan, layer: count}, saving)
-                        if self.cost(other) < self.cost(plan) * (1 - 1e-9):
-                            plan, better = other, True
+                        other = self._given_back({**plan, layer: count}, saving)
+                        plan = other if self.cost(other) < self.cost(plan) * (1 - 1e-9) else plan
+            plan = self._trimmed(plan, saving)
+            if plan == before:
+                break
         return plan
 
     def _trimmed(self, plan: Counts, saving: float) -> Counts:
-        """Give back, layer by layer, the pairs that cost most."""
-        while True:
-            fewer = [{**plan, layer: self._fewest(plan, layer, saving)} for layer in plan]
-            best = self.possible(min(fewer, key=self.cost, default=plan))
-            if self.cost(best) >= self.cost(plan):
-                return plan
-            plan = best
+        """Give back pairs that cost anything, until one more would save too little."""
+        while (fewer := self._given_back(plan, saving)) != plan:
+            plan = fewer
+        return plan
 
-    def _fewest(self, plan: Counts, layer: str, saving: float) -> int:
-        """The smallest count of a layer with which enough is saved; as it is where nothing is."""
-        low, high = -1, plan[layer]
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if self.saving({**plan, layer: middle}) >= saving else (middle, high)
-        return high
+    def _given_back(self, plan: Counts, saving: float) -> Counts:
+        """Give back pairs of that one layer where most cost can go; the plan itself where none can."""
+        spare, gains = self.saving(plan) - saving, self._gains(plan)
+        fewer = {
+            layer: count - min(count, int(spare / gains[layer])) if gains[layer] else 0
+            for layer, count in plan.items()
+            if count and spare >= 0
+        }
+        drops = {layer: self._cost[layer][plan[layer]] - self._cost[layer][count] for layer, count in fewer.items()}
+        for layer in sorted((layer for layer in drops if drops[layer] > 0), key=lambda layer: -drops[layer]):
+            for count in range(fewer[layer], min(fewer[layer] + 2, plan[layer])):  # parts are divided by rounding
+                smaller = self.possible({**plan, layer: count})
+                if self.saving(smaller) >= saving:
+                    return smaller
+        return plan
+
+
+def _pairs(count: int, parts: Sequence[PartSize]) -> list[int]:
+    """So many pairs over the parts of a layer."""
+    if len(parts) == 1:
+        return [count]
+    return [quota.pairs for quota in Quota(count).divided([part.units for part in parts])]

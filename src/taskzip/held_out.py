@@ -42,7 +42,7 @@ class Judge:
         self._metric: Metric | None = wanted.metric_of(task.name) or task.metric
         if self._metric is None and not _is_cross_entropy(task):
             raise InputError(
-                f"task {task.name!r}: its loss is not cross-entropy, so that accuracy says nothing: give MaxDrop a metric."
+                f"task {task.name!r}: its loss is not cross-entropy, so that accuracy says nothing: give it a metric."
             )
         self.samples = 0
         self.original = self.measure(task.model)

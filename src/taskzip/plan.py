@@ -1,7 +1,7 @@
-"""How much to share: a fraction, a dict per layer, up to which functional difference (N~_l, epsilon_l), or what is wanted.
+"""How much to share.
 
-`Share` and `Threshold` say how much of each layer; `Budget` and `MaxDrop` say what is to come of it, and `search` finds
-the `Share`.
+`Share` and `Threshold` say how much of each layer: a fraction or a count (N~_l), or up to which functional difference
+(epsilon_l). `Budget` and `MaxDrop` say what is to come of it, and `search` finds the `Share`.
 """
 
 from __future__ import annotations
@@ -75,9 +75,7 @@ class Share:
                         f"share for layer {layer!r} is {amount!r}: give a fraction (float, 0 to 1) or a count (int)."
                     )
         elif not _is_number(self.amount) or not 0 <= self.amount <= 1:
-            raise InputError(
-                f"share is {self.amount!r}: give a fraction from 0 to 1, a dict by layer name, or a plan."
-            )
+            raise InputError(f"share is {self.amount!r}: give a fraction from 0 to 1, a dict by layer name, or a plan.")
 
     def named(self) -> Iterable[str]:
         """The layers that are named one by one."""
@@ -146,8 +144,8 @@ class MaxDrop:
         data: by task name, a re-iterable of batches with targets, in the forms of `Task.data`; neither the calibration
             data nor a test set.
         metric: `metric(output, targets)` for all tasks or by task name, averaged over the samples; higher is better. It
-            gives a number for the batch, or a tensor with one value per sample. Default: `Task.metric`, else accuracy in
-            percent where the task's loss is cross-entropy (classes along axis 1).
+            gives a number for the batch, or a tensor with one value per sample. Default: `Task.metric`, else accuracy
+            in percent where the task's loss is cross-entropy (classes along axis 1).
         evaluations: at most so many joint networks are made and measured, at least 2.
 
     Raises:

@@ -42,6 +42,9 @@ _HALVINGS = 5
 _LAYER_TRIES = 3
 """So many counts of one layer are tried after that."""
 
+_WORTH = 0.005
+"""A layer is not raised for less than this part of what everything shared saves."""
+
 
 def search(wanted: SearchPlan, tasks: Sequence[Task], zip_with: Zip, *, seed: int, progress: bool) -> ZippedModel:
     """Zip with the plan that `wanted` asks for; `history.settings` says which one that was, and what it was found by.
@@ -181,14 +184,11 @@ class _Dropping:
         """Raise one layer after another as far as it goes, first where most is to be saved."""
         while self._best is not None and self._left > 0:
             before = self._best
-            for layer in sorted(tradeoff.everything, key=lambda layer: -self._gain(tradeoff, layer)):
+            whole = [before.plan | {layer: units} for layer, units in tradeoff.everything.items()]
+            for _, layer in sorted(zip(map(tradeoff.saving, whole), tradeoff.everything, strict=True), reverse=True):
                 self._raise(tradeoff, layer)
             if self._best is before:
                 return
-
-    def _gain(self, tradeoff: Tradeoff, layer: str) -> int:
-        plan = self._best.plan if self._best else {}
-        return tradeoff.saving({**plan, layer: tradeoff.everything[layer]}) - tradeoff.saving(plan)
 
     def _raise(self, tradeoff: Tradeoff, layer: str) -> None:
         """The largest count of a layer, to be found in few tries."""
@@ -196,14 +196,18 @@ class _Dropping:
         plan, high = self._best.plan, tradeoff.everything[layer] + 1
         count = high - 1
         for _ in range(_LAYER_TRIES):
-            raised = {**plan, layer: count}
-            if self._left < 1 or count <= plan[layer] or tradeoff.possible(raised) != raised:
+            raised = plan | {layer: count}
+            if self._left < 1 or tradeoff.possible(raised) != raised or not self._is_worth_it(tradeoff, plan, raised):
                 return
             if self._try(tradeoff, raised):
                 plan = raised
             else:
                 high = count
             count = (plan[layer] + high) // 2
+
+    def _is_worth_it(self, tradeoff: Tradeoff, plan: Counts, raised: Counts) -> bool:
+        gain = tradeoff.saving(raised) - tradeoff.saving(plan)
+        return gain > _WORTH * tradeoff.saving(tradeoff.everything)
 
     def _try(self, tradeoff: Tradeoff, plan: Counts) -> bool:
         """Whether a plan is within the limit; one that shares as much as another that was not, is not either."""
