@@ -149,7 +149,7 @@ def test_for_two_tasks_the_saving_of_a_plan_is_known_before(options: dict[str, A
 # --- Budget -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [1.0, 0.8, 0.6])
+@pytest.mark.parametrize("size", [1.0, 0.8, 0.65])
 def test_a_budget_is_kept_and_hardly_anything_is_left_of_it(size: float) -> None:
     zipped = run_zip(PAIR, tz.Budget(size))
     limit = int(size * apart(PAIR))
@@ -191,7 +191,7 @@ def test_a_budget_that_nothing_fits_names_the_smallest_that_something_does() -> 
 
 def test_a_budget_for_three_tasks_of_different_widths() -> None:
     tasks, _ = tasks_of(fc(0, 6, 10, 8, 3), fc(1, 6, 12, 7, 3), fc(2, 6, 9, 9, 3))
-    for size in (0.8, 0.6):
+    for size in (0.75,):
         zipped = run_zip(tasks, tz.Budget(size))
         assert 0.9 * size * apart(tasks) <= zipped.parameter_count() <= size * apart(tasks)
         assert zipped.history.settings["search"]["zips"] <= 4
@@ -202,29 +202,29 @@ def test_a_budget_for_three_tasks_of_different_widths() -> None:
 
 @pytest.mark.parametrize("points", [0, 2.5, 8])
 def test_no_task_loses_more_than_it_may_and_the_certificate_is_true(points: float) -> None:
-    zipped = run_zip(PAIR, tz.MaxDrop(points, HELD_OUT, evaluations=8))
+    zipped = run_zip(PAIR, tz.MaxDrop(points, HELD_OUT, evaluations=6))
     check_certificate(zipped, PAIR, HELD_OUT, points)
-    assert zipped.history.settings["search"]["evaluations"] <= 8
+    assert zipped.history.settings["search"]["evaluations"] <= 6
     assert same(zipped, run_zip(PAIR, counts_of(zipped)))
     if points:
         assert 0 < sum(counts_of(zipped).values()) < 18
 
 
 def test_more_points_never_save_less_and_enough_points_share_everything() -> None:
-    sizes = [run_zip(PAIR, tz.MaxDrop(p, HELD_OUT, evaluations=8)).parameter_count() for p in (0, 4, 100)]
+    sizes = [run_zip(PAIR, tz.MaxDrop(p, HELD_OUT, evaluations=6)).parameter_count() for p in (0, 4, 100)]
     assert sizes[0] >= sizes[1] > sizes[2] == run_zip(PAIR, 1.0).parameter_count()
 
 
 def test_what_is_found_comes_near_the_best_of_all_plans() -> None:
-    tasks, held_out = tasks_of(fc(4, 6, 5, 4, 3), fc(5, 6, 5, 4, 3))
+    tasks, held_out = tasks_of(fc(4, 6, 4, 3, 3), fc(5, 6, 4, 3, 3))
     points, sizes = 6.0, [apart(tasks)]
-    for counts in itertools.product(range(1, 6), range(5)):
+    for counts in itertools.product(range(1, 5), range(4)):
         zipped = run_zip(tasks, dict(zip(("0", "2"), counts, strict=True)))
         if all(
             accuracy(t.model, held_out[t.name]) - accuracy(zipped[t.name], held_out[t.name]) <= points for t in tasks
         ):
             sizes.append(zipped.parameter_count())
-    found = run_zip(tasks, tz.MaxDrop(points, held_out)).parameter_count()
+    found = run_zip(tasks, tz.MaxDrop(points, held_out, evaluations=10)).parameter_count()
     assert min(sizes) <= found <= apart(tasks) - 0.6 * (apart(tasks) - min(sizes))
 
 
@@ -270,7 +270,7 @@ KINDS: dict[str, tuple[list[nn.Module], tuple[int, ...], dict[str, Any]]] = {
 def test_every_kind_of_network_keeps_its_promise(kind: str) -> None:
     nets, shape, options = KINDS[kind]
     tasks, held_out = tasks_of(*nets, shape=shape)
-    dropped = run_zip(tasks, tz.MaxDrop(4, held_out, evaluations=4), **options)
+    dropped = run_zip(tasks, tz.MaxDrop(4, held_out, evaluations=3), **options)
     check_certificate(dropped, tasks, held_out, 4)
     fitted = run_zip(tasks, tz.Budget(0.8), **options)
     assert fitted.parameter_count() <= 0.8 * apart(tasks)
@@ -427,20 +427,14 @@ def test_an_output_without_classes_needs_a_metric() -> None:
 
 def test_data_that_can_be_read_only_once_behind_another_face() -> None:
     class Once:
-        def __init__(self) -> None:
-            self.left = [(X, Y)] * 3
+        passes = 0
 
         def __iter__(self) -> Any:
-            return iter(self.left[:1] if len(self.left) == 1 else self.left)
-
-    once = Once()
-
-    def metric(output: Tensor, targets: Tensor) -> float:
-        once.left = [(X, Y)]
-        return 0.0
+            self.passes += 1
+            return iter([(X, Y)] * (3 if self.passes < 3 else 1))
 
     with pytest.raises(tz.InputError, match="held-out data have 8 samples, and 24 were expected"):
-        run_zip(PAIR, tz.MaxDrop(1, {**HELD_OUT, "b": once}, metric))
+        run_zip(PAIR, tz.MaxDrop(1, {**HELD_OUT, "b": Once()}))
 
 
 def test_a_plan_is_read_as_a_plan() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -44,6 +44,9 @@ class Judge:
             raise InputError(
                 f"task {task.name!r}: its loss is not cross-entropy, so that accuracy says nothing: give it a metric."
             )
+        for index, batch in enumerate(self._task.data):
+            if not input_tensors(batch):
+                raise self._error(index, "holds no tensor of samples")
         self.samples = 0
         self.original = self.measure(task.model)
 
@@ -51,7 +54,7 @@ class Judge:
         """The metric, averaged over all samples."""
         parts, samples = [], 0
         with evaluating(network):
-            for index, batch in enumerate(self._batches()):
+            for index, batch in enumerate(self._task.batches()):
                 count = len(input_tensors(batch)[0])
                 output, targets = run_batch(self._task, network, batch, index), self._task.targets(batch)
                 if targets is None:
@@ -66,12 +69,6 @@ class Judge:
             )
         self.samples = samples
         return sum(part.total for part in parts) / weight
-
-    def _batches(self) -> Iterator[Any]:
-        for index, batch in enumerate(self._task.data):
-            if not input_tensors(batch):
-                raise self._error(index, "holds no tensor of samples")
-        yield from self._task.batches()
 
     def _sum(self, output: Any, targets: Any, count: int, index: int) -> _Sum:
         if self._metric is None:
@@ -108,7 +105,7 @@ def judges(tasks: Sequence[Task], wanted: MaxDrop) -> dict[str, Judge]:
         InputError: data or metrics for other tasks than these, or that cannot be used.
     """
     names = [task.name for task in tasks]
-    metrics = wanted.metric if isinstance(wanted.metric, dict) else {}
+    metrics = wanted.metric if isinstance(wanted.metric, Mapping) else {}
     for what, given in (("data", wanted.data), ("metric", metrics)):
         unknown = [name for name in given if name not in names]
         if unknown:
