@@ -67,10 +67,11 @@ class _Display:
         self._todo = bar.add_task("everything shared", total=most, seen="")
         self.zips = 0
 
-    def say(self, saving: float) -> None:
-        """A plan that saves this part of the parameters is about to be zipped."""
+    def say(self, saving: float | None) -> None:
+        """A plan that saves this part of all parameters is about to be zipped; None where everything is shared."""
         self.zips += 1
-        self._bar.update(self._todo, description=f"evaluation {self.zips}: saves {saving:.0%}")
+        what = "everything shared" if saving is None else f"saves {saving:.0%}"
+        self._bar.update(self._todo, description=f"evaluation {self.zips}: {what}")
 
     def saw(self, seen: str) -> None:
         """What came of it."""
@@ -88,7 +89,7 @@ class _Fitting:
 
     def run(self) -> ZippedModel:
         """Everything shared, then the cheapest plan that saves what must be saved, until that is met."""
-        best, curves = self._zipped(Share(1.0))
+        best, curves = self._zipped(Share(1.0), None)
         separate, limit = separate_parameters(best), self._limit(best)
         needed, tradeoff = separate - limit, Tradeoff(curves)
         plan, smallest = tradeoff.everything, best.parameter_count()
@@ -99,7 +100,7 @@ class _Fitting:
             found = tradeoff.cheapest(ask)
             if found == plan:
                 break
-            zipped, _ = self._zipped(Share(found))
+            zipped, _ = self._zipped(Share(found), tradeoff.saving(found) / separate)
             size = zipped.parameter_count()
             fits, saved = size <= limit, separate - size
             if fits and size >= best.parameter_count():
@@ -111,8 +112,8 @@ class _Fitting:
         _write(best, plan, self._wanted.as_dict() | {"parameters": size, "most": limit, "zips": self._display.zips})
         return best
 
-    def _zipped(self, plan: Share) -> tuple[ZippedModel, list[Curve]]:
-        self._display.say(1.0)
+    def _zipped(self, plan: Share, saving: float | None) -> tuple[ZippedModel, list[Curve]]:
+        self._display.say(saving)
         zipped, curves = self._zip_with(plan)
         self._display.saw(f"{zipped.parameter_count():,} parameters")
         return zipped, curves
@@ -148,6 +149,7 @@ class _Dropping:
         with seeded(seed):
             self._judges = judges(tasks, wanted)
         self._display = _Display(bar, wanted.evaluations)
+        self._separate = sum(p.numel() for task in tasks for p in task.model.parameters())
         self._too_much: list[Counts] = []
         self._best: _Found | None = None
 
@@ -162,7 +164,7 @@ class _Dropping:
             self._best = _Found(self._best.zipped, tradeoff.everything, self._best.reached)
         if self._best is None:
             nothing = dict.fromkeys(tradeoff.everything, 0)
-            self._evaluate(nothing, Share(nothing), anyway=True)
+            self._evaluate(nothing, Share(nothing), 0.0, anyway=True)
         assert self._best is not None
         return self._certified(self._best)
 
@@ -213,14 +215,15 @@ class _Dropping:
         """Whether a plan is within the limit; one that shares as much as another that was not, is not either."""
         if any(all(plan[layer] >= count for layer, count in other.items()) for other in self._too_much):
             return False
-        saving = tradeoff.saving(plan) / max(tradeoff.saving(tradeoff.everything), 1)
-        self._evaluate(plan, Share(plan), saving)
+        self._evaluate(plan, Share(plan), tradeoff.saving(plan) / self._separate)
         if self._best is not None and self._best.plan == plan:
             return True
         self._too_much.append(plan)
         return False
 
-    def _evaluate(self, plan: Counts, share: Share, saving: float = 1.0, *, anyway: bool = False) -> list[Curve]:
+    def _evaluate(
+        self, plan: Counts, share: Share, saving: float | None = None, *, anyway: bool = False
+    ) -> list[Curve]:
         """Zip with a plan and measure it; keep it where it is within the limit and smaller than the best so far."""
         self._display.say(saving)
         zipped, curves = self._zip_with(share)
