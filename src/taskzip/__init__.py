@@ -2,7 +2,7 @@
 
 from taskzip.errors import CheckpointError, GraphError, InputError, TaskzipError
 from taskzip.inspection import inspect
-from taskzip.plan import Threshold
+from taskzip.plan import Budget, MaxDrop, Threshold
 from taskzip.pruning import prune
 from taskzip.retraining import Retraining, retrain
 from taskzip.task import Task
@@ -12,9 +12,11 @@ from taskzip.zipping import zip_tasks as zip
 __version__ = "0.1.0"
 
 __all__ = [
+    "Budget",
     "CheckpointError",
     "GraphError",
     "InputError",
+    "MaxDrop",
     "Retraining",
     "Task",
     "TaskzipError",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
@@ -20,6 +19,7 @@ from taskzip.members import Member, Owners
 from taskzip.ordering import stream_slots
 from taskzip.plan import Quota
 from taskzip.recalibration import batch_norm_statistics, least_squares
+from taskzip.recording import Recorder
 from taskzip.settings import Settings
 from taskzip.spaces import JointSpaces, Part, alike
 from taskzip.zipped import LayerRecord
@@ -35,6 +35,7 @@ class Zipper:
         self.members = members
         self.settings = settings
         self.spaces = JointSpaces(members, layers)
+        self.recorder = Recorder(members)
         shares = any(self._quota(layer, parts).pairs for layer in layers if (parts := self.spaces.parts(layer)))
         streams = self.spaces.streams if shares else set()
         self.aligned = shares and (bool(streams) if settings.aligned is None else settings.aligned)
@@ -59,6 +60,8 @@ class Zipper:
             joint.write(weights)
         for t, layer in layers.items():
             settle(members[t], layer, statistics[t], weights[t], settings)
+        if joints:
+            self.recorder.record(name, inputs, parts, joints, [self._is_aligned(part) for part in parts])
         for part, joint in zip(parts, joints, strict=False):
             self._place(part, joint)
         shared = sum(joint.shared_rows() for joint in joints)
@@ -78,7 +81,7 @@ class Zipper:
 
     def _quota_of(self, layers: JointLayers, part: Part) -> Quota:
         parts = self.spaces.parts(layers)
-        quotas = _divided(self._quota(layers, parts), [each.units for each in parts])
+        quotas = self._quota(layers, parts).divided([each.units for each in parts])
         return next(quota for each, quota in zip(parts, quotas, strict=True) if each.joint == part.joint)
 
     def _couple(self, layers: Sequence[JointLayers], coupled: Collection[int]) -> None:
@@ -158,7 +161,7 @@ class Zipper:
             if (s := statistics[t]) is not None
         }
         joints = []
-        for part, each in zip(parts, _divided(quota, [part.units for part in parts]), strict=True):
+        for part, each in zip(parts, quota.divided([part.units for part in parts]), strict=True):
             placed = all(space in self.members[t].slots for t, space in part.spaces.items())
             own = placed and self.settings.residual == "independent" and part.joint not in self.spaces.twisted
             given = (
@@ -196,12 +199,6 @@ class Zipper:
 def layer_name(layers: JointLayers) -> str:
     """What a joint layer is called: as the first network that has it calls it."""
     return next(iter(layers.values())).name
-
-
-def _divided(quota: Quota, units: Sequence[int]) -> list[Quota]:
-    """A quota over parts of so many units, in proportion."""
-    ends = [round(quota.pairs * end / max(sum(units), 1)) for end in np.cumsum([0, *units])]
-    return [quota._replace(pairs=end - start) for start, end in itertools.pairwise(ends)]
 
 
 def _shared_rows(task: int, parts: Sequence[Part], joints: Sequence[JointLayer]) -> dict[Owners, np.ndarray]:
