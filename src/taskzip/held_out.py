@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import torch
@@ -17,11 +17,16 @@ from taskzip.plan import MaxDrop, Metric
 from taskzip.task import Task, input_tensors
 
 
-class _Sum(NamedTuple):
-    """A sum over a batch, and over how much: samples, or single targets where each has a class of its own."""
+class Values(NamedTuple):
+    """What a metric gave, sample by sample or batch by batch, float64 [n], and how much each counts."""
 
-    total: float
-    weight: float
+    values: Tensor
+    weights: Tensor
+
+    @property
+    def mean(self) -> float:
+        """The metric on all data."""
+        return float(self.values @ self.weights / self.weights.sum())
 
 
 class Judge:
@@ -50,8 +55,15 @@ class Judge:
         self.samples = 0
         self.original = self.measure(task.model)
 
-    def measure(self, network: nn.Module) -> float:
-        """The metric, averaged over all samples."""
+    def loss(self, reached: Values, confidence: float) -> float:
+        """An upper confidence bound of what another network loses, from the differences sample by sample."""
+        difference, weights = self.original.values - reached.values, reached.weights
+        mean = difference @ weights / weights.sum()
+        apart = (weights * (difference - mean)).square().sum() * len(weights) / max(len(weights) - 1, 1)
+        return float(mean + NormalDist().inv_cdf(confidence) * apart.sqrt() / weights.sum())
+
+    def measure(self, network: nn.Module) -> Values:
+        """The metric on all samples."""
         parts, samples = [], 0
         with evaluating(network):
             for index, batch in enumerate(self._task.batches()):
@@ -59,18 +71,18 @@ class Judge:
                 output, targets = run_batch(self._task, network, batch, index), self._task.targets(batch)
                 if targets is None:
                     raise self._error(index, "has no targets: pass (inputs, targets), or dicts with 'labels'")
-                parts.append(self._sum(output, targets, count, index))
+                parts.append(self._values(output, targets, count, index))
                 samples += count
-        weight = sum(part.weight for part in parts)
-        if not weight or self.samples not in (0, samples):
+        found = Values(*(torch.cat(each).cpu() for each in zip(*parts, strict=True))) if parts else None
+        if found is None or not found.weights.sum() or self.samples not in (0, samples):
             raise InputError(
                 f"task {self._task.name!r}: its held-out data have {samples} samples, and "
                 f"{self.samples or 'at least one'} were expected: pass data that can be read again and again."
             )
         self.samples = samples
-        return sum(part.total for part in parts) / weight
+        return found
 
-    def _sum(self, output: Any, targets: Any, count: int, index: int) -> _Sum:
+    def _values(self, output: Any, targets: Any, count: int, index: int) -> Values:
         if self._metric is None:
             return self._accuracy(output, targets, index)
         value = self._metric(output, targets)
@@ -80,19 +92,20 @@ class Judge:
             raise self._error(index, f"gives {value!r} as its metric, which is no number") from error
         if values.numel() != 1 and len(values) != count:
             raise self._error(index, f"gives a metric of shape {tuple(values.shape)} for {count} samples")
-        mean = float(values.mean())
-        if not math.isfinite(mean):
-            raise self._error(index, f"gives {mean} as its metric")
-        return _Sum(mean * count, count)
+        if not values.isfinite().all():
+            raise self._error(index, f"gives {float(values.mean())} as its metric")
+        means = values.reshape(len(values) if values.numel() > 1 else 1, -1).mean(1)
+        return Values(means, torch.full_like(means, count / len(means)))
 
-    def _accuracy(self, output: Any, targets: Any, index: int) -> _Sum:
+    def _accuracy(self, output: Any, targets: Any, index: int) -> Values:
         """Right answers in percent; targets that the loss ignores do not count."""
         if not isinstance(output, Tensor) or output.dim() < 2:
             raise self._error(index, "gives no tensor with classes along axis 1: give MaxDrop a metric")
         targets = targets.argmax(1) if targets.is_floating_point() else targets
         counted = targets != getattr(self._task.loss, "ignore_index", -100)
-        right = (output.argmax(1) == targets)[counted]
-        return _Sum(100.0 * int(right.sum()), right.numel())
+        right = (output.argmax(1) == targets) & counted
+        weights, hits = (each.reshape(len(targets), -1).sum(1, dtype=torch.float64) for each in (counted, right))
+        return Values(100 * hits / weights.clamp_min(1), weights)
 
     def _error(self, index: int, what: str) -> InputError:
         return InputError(f"task {self._task.name!r}: batch {index} of its held-out data {what}.")

@@ -18,7 +18,7 @@ from rich.progress import Progress, TextColumn
 
 from taskzip.curves import Counts, Curve, Tradeoff
 from taskzip.errors import InputError
-from taskzip.held_out import judges
+from taskzip.held_out import Values, judges
 from taskzip.plan import Budget, MaxDrop, SearchPlan, Share
 from taskzip.randomness import seeded
 from taskzip.task import Task
@@ -136,14 +136,15 @@ class _Found:
 
     zipped: ZippedModel
     plan: Counts
-    reached: dict[str, float]
+    reached: dict[str, Values]
 
 
 class _Dropping:
     """The search for a `MaxDrop`."""
 
     def __init__(self, wanted: MaxDrop, tasks: Sequence[Task], zip_with: Zip, seed: int, bar: Progress) -> None:
-        self._points, self._most = wanted.points, wanted.evaluations
+        self._wanted = wanted
+        self._points, self._confidence, self._most = wanted.points, wanted.confidence, wanted.evaluations
         self._zip_with = zip_with
         self._seed = seed
         with seeded(seed):
@@ -230,24 +231,30 @@ class _Dropping:
         with seeded(self._seed):
             reached = {name: judge.measure(zipped[name]) for name, judge in self._judges.items()}
         found = _Found(zipped, plan, reached)
-        worst = max(self._lost(found).values())
+        worst = max(self._lost(found, self._confidence).values())
         self._display.saw(f"{zipped.parameter_count():,} parameters, {worst:.3g} lost of {self._points:g}")
         within = anyway or worst <= self._points
         if within and (self._best is None or zipped.parameter_count() < self._best.zipped.parameter_count()):
             self._best = found
         return curves
 
-    def _lost(self, found: _Found) -> dict[str, float]:
+    def _lost(self, found: _Found, confidence: float) -> dict[str, float]:
         """Per task, without the rounding of the subtraction."""
-        return {name: round(judge.original - found.reached[name], 9) for name, judge in self._judges.items()}
+        return {name: round(judge.loss(found.reached[name], confidence), 9) for name, judge in self._judges.items()}
 
     def _certified(self, found: _Found) -> ZippedModel:
-        lost = self._lost(found)
+        lost, most = self._lost(found, 0.5), self._lost(found, self._confidence)
         tasks = {
-            name: {"before": j.original, "after": found.reached[name], "lost": lost[name], "samples": j.samples}
-            for name, j in self._judges.items()
+            name: {
+                "before": judge.original.mean,
+                "after": found.reached[name].mean,
+                "lost": lost[name],
+                "at_most": most[name],
+                "samples": judge.samples,
+            }
+            for name, judge in self._judges.items()
         }
-        about = {"max_drop": float(self._points), "tasks": tasks, "evaluations": self._display.zips}
+        about = self._wanted.as_dict() | {"tasks": tasks, "evaluations": self._display.zips}
         _write(found.zipped, found.plan, about)
         return found.zipped
 

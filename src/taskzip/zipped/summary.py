@@ -65,10 +65,12 @@ def _certificate(search: Mapping[str, Any]) -> str:
     if "budget" in search:
         return f"Budget({search['budget']}): {search['parameters']:,} of at most {search['most']:,} parameters."
     measured = ", ".join(
-        f"{name} {m['before']:.2f} to {m['after']:.2f} ({m['lost']:.2f} lost, {m['samples']:,} samples)"
+        f"{name} {m['before']:.2f} to {m['after']:.2f} "
+        f"({m['lost']:.2f} lost, at most {m['at_most']:.2f}; {m['samples']:,} samples)"
         for name, m in search["tasks"].items()
     )
-    return f"MaxDrop({search['max_drop']:g}), {search['evaluations']} evaluations: {measured}."
+    sure = f"{search['confidence']:.0%} sure"
+    return f"MaxDrop({search['max_drop']:g}), {sure}, {search['evaluations']} evaluations: {measured}."
 
 
 def _wrapped(text: str) -> str:
