@@ -1,6 +1,7 @@
 """taskzip: merge trained networks, after training, into one network that does every task (Multi-Task Zipping)."""
 
-from taskzip.errors import CheckpointError, GraphError, InputError, TaskzipError
+from taskzip.errors import CheckpointError, ExportError, GraphError, InputError, TaskzipError
+from taskzip.export import export_onnx
 from taskzip.inspection import inspect
 from taskzip.plan import Threshold
 from taskzip.retraining import Retraining, retrain
@@ -12,6 +13,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
+    "ExportError",
     "GraphError",
     "InputError",
     "Retraining",
@@ -20,6 +22,7 @@ __all__ = [
     "Threshold",
     "ZippedModel",
     "__version__",
+    "export_onnx",
     "inspect",
     "load",
     "retrain",
