@@ -1,0 +1,108 @@
+"""How long two networks take as one: per task, and both tasks on one input, in PyTorch and in ONNX Runtime.
+
+`python benchmarks/joint_forward.py` prints a Markdown table for two LeNet-5; `--vgg` adds two narrow VGG-16 without
+batch-norm. All figures are ratios to the original networks in the same run, on one thread: the calls take turns, and
+the medians are compared. The networks are untrained: how fast they run does not depend on what they know. The files
+are exported to a temporary folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+import taskzip as tz
+from taskzip.models import VGG16, LeNet5
+
+SHARES = (0.5, 0.9, 1.0)
+BATCH = 32
+WIDTHS = (16, 16, 32, 32, 64, 64, 64, 128, 128, 128, 128, 128, 128)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--vgg", action="store_true", help="two VGG-16 of a quarter of the width, 32x32 images, too")
+    parser.add_argument("--runs", type=int, default=50, help="calls of each, default 50")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print("| networks | share | one task | both tasks | one task, ONNX | both tasks, ONNX | size of the file |")
+    print("|---|---|---|---|---|---|---|")
+    rows(f"LeNet-5, batch {BATCH}", LeNet5, (1, 28, 28), options.runs)
+    if options.vgg:
+        rows(f"VGG-16 / 4, batch {BATCH}", lambda: VGG16(10, widths=WIDTHS, hidden=256), (3, 32, 32), options.runs)
+
+
+def rows(title: str, make: Callable[[], nn.Module], shape: tuple[int, ...], runs: int) -> None:
+    """A row for each share."""
+    nets = [make().eval() for _ in range(2)]
+    x = torch.randn(BATCH, *shape)
+    for share in SHARES:
+        tasks = [tz.Task(name, net, [torch.randn(64, *shape)]) for name, net in zip("ab", nets, strict=True)]
+        zipped = tz.zip(tasks, share=share, compensate=False, progress=False).eval()
+        with tempfile.TemporaryDirectory() as folder:
+            print(f"| {title} | {share} | {cells(zipped, nets, x, runs, Path(folder))} |", flush=True)
+
+
+def cells(zipped: tz.ZippedModel, nets: list[nn.Module], x: Tensor, runs: int, folder: Path) -> str:
+    """Times of the joint network relative to those of the originals, and its size in bytes relative to theirs."""
+    originals = tz.ZippedModel(dict(zip("ab", nets, strict=True)))
+    files = {"a": folder / "a.onnx", "b": folder / "b.onnx", "joint": folder / "joint.onnx", "task": folder / "t.onnx"}
+    for name in "ab":
+        tz.export_onnx(originals, files[name], x[:1], tasks=[name])
+    tz.export_onnx(zipped, files["joint"], x[:1])
+    tz.export_onnx(zipped, files["task"], x[:1], tasks=["a"])
+    onnx = {name: running(path, x) for name, path in files.items()}
+    with torch.no_grad():
+        took = medians(
+            {
+                "original": lambda: nets[0](x),
+                "originals": lambda: [net(x) for net in nets],
+                "task": lambda: zipped["a"](x),
+                "joint": lambda: zipped(x),
+                "onnx original": onnx["a"],
+                "onnx originals": lambda: [onnx["a"](), onnx["b"]()],
+                "onnx task": onnx["task"],
+                "onnx joint": onnx["joint"],
+            },
+            runs,
+        )
+    ratios = [
+        took[f"{kind}{what}"] / took[f"{kind}original{'s' * (what == 'joint')}"]
+        for kind in ("", "onnx ")
+        for what in ("task", "joint")
+    ]
+    size = files["joint"].stat().st_size / sum(files[name].stat().st_size for name in "ab")
+    return " | ".join(f"{ratio:.2f}" for ratio in [*ratios, size])
+
+
+def running(path: Path, x: Tensor) -> Callable[[], object]:
+    """A call of ONNX Runtime on one thread."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda: session.run(None, {"input": x.numpy()})
+
+
+def medians(calls: dict[str, Callable[[], object]], runs: int) -> dict[str, float]:
+    """Median seconds of each, in turns so that what else the machine does meets all of them."""
+    took: dict[str, list[float]] = {name: [] for name in calls}
+    for run in range(runs + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if run:  # the first call warms up
+                took[name].append(time.perf_counter() - start)
+    return {name: statistics.median(each) for name, each in took.items()}
+
+
+if __name__ == "__main__":
+    main()
