@@ -72,7 +72,7 @@ def weighs_what_it_should(path: Path, joint: tz.ZippedModel, buffers: int = 0) -
 
 
 def test_fully_shared_trunks_are_one(tmp_path: Path) -> None:
-    joint = zipped(made(LeNet5, 3), torch.randn(8, 1, 28, 28))
+    joint = zipped(made(lambda: LeNet5(widths=(10, 20, 200)), 3), torch.randn(8, 1, 28, 28))
     joint.train()
     path = tmp_path / "joint.onnx"
     tz.export_onnx(joint, path, torch.randn(1, 1, 28, 28))
