@@ -69,9 +69,15 @@ def lenet300(seed: int) -> LeNet300:
     return _cached(f"lenet300-mnist-{seed}", LeNet300, lambda: mnist(split="train"), seed, epochs=20)
 
 
-def lenet5(seed: int, dataset: Dataset = "mnist") -> LeNet5:
-    """Return LeNet-5 trained on MNIST or Fashion-MNIST, in eval mode; from the cache where it is there."""
-    return _cached(f"lenet5-{dataset}-{seed}", LeNet5, lambda: _READERS[dataset](split="train"), seed, epochs=12)
+def lenet5(seed: int, dataset: Dataset = "mnist", images: int = 60_000) -> LeNet5:
+    """Return LeNet-5 trained on MNIST or Fashion-MNIST, on the first images of it; in eval mode, cached likewise."""
+
+    def training_data() -> Data:
+        x, y = _READERS[dataset](split="train")
+        return x[:images], y[:images]
+
+    name = f"lenet5-{dataset}-{seed}" + ("" if images == 60_000 else f"-of-{images}")
+    return _cached(name, LeNet5, training_data, seed, epochs=12)
 
 
 def resnet20(seed: int, task: ResNetTask) -> ResNet20:

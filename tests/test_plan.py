@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from taskzip.errors import InputError
-from taskzip.plan import Quota, Share, Threshold, as_plan
+from taskzip.plan import Budget, MaxDrop, Quota, Share, Threshold, as_plan
 
 
 @pytest.mark.parametrize("amount", [0, 0.0, 0.25, 0.5, 1, 1.0])
@@ -88,3 +88,48 @@ def test_plans_pass_through() -> None:
         assert as_plan(plan) is plan
     assert as_plan(0.5) == Share(0.5)
     assert as_plan({"fc": 2}) == Share({"fc": 2})
+
+
+@pytest.mark.parametrize("size", [0, -1, 0.0, 1.01, float("nan"), float("inf"), "half", None, True, [0.5]])
+def test_what_is_no_budget(size: Any) -> None:
+    with pytest.raises(InputError, match=r"give a fraction of the separate networks .* or bytes"):
+        Budget(size)
+
+
+@pytest.mark.parametrize("size", [1, 0.01, 1.0, 10**9, np.int64(3), np.float32(0.5), Fraction(1, 2)])
+def test_what_is_a_budget(size: Any) -> None:
+    assert Budget(size).as_dict()["budget"] == size
+
+
+@pytest.mark.parametrize("points", [-0.1, float("nan"), float("inf"), "few", None, True])
+def test_what_are_no_points(points: Any) -> None:
+    with pytest.raises(InputError, match=r"points=.* must be a number >= 0"):
+        MaxDrop(points, {})
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        ([], {}, "data must be a dict"),
+        ({"a": iter([])}, {}, "data of task 'a' is a list_iterator, but it is read many times"),
+        ({"a": (x for x in [])}, {}, "data of task 'a' is a generator"),
+        ({"a": 3}, {}, "data of task 'a' is a int"),
+        ({}, {"metric": "accuracy"}, "metric 'accuracy' must be a function"),
+        ({}, {"metric": {"a": 1}}, "metric 1 must be a function"),
+        ({}, {"confidence": 1.0}, "confidence=1.0 must be a number from 0.5 to below 1"),
+        ({}, {"confidence": "sure"}, "confidence='sure' must be"),
+        ({}, {"evaluations": 1}, "evaluations=1 must be a whole number >= 2"),
+        ({}, {"evaluations": 2.5}, "evaluations=2.5 must be a whole number >= 2"),
+    ],
+)
+def test_what_is_no_max_drop(data: Any, options: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        MaxDrop(1, data, **options)
+
+
+def test_a_quota_over_parts() -> None:
+    assert Quota(7, 0.5).divided([5, 5]) == [Quota(4, 0.5), Quota(3, 0.5)]
+    for pairs in range(12):
+        parts = Quota(pairs).divided([5, 1, 6])
+        assert sum(part.pairs for part in parts) == pairs
+        assert all(0 <= part.pairs <= units for part, units in zip(parts, (5, 1, 6), strict=True))

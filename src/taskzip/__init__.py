@@ -3,7 +3,8 @@
 from taskzip.errors import CheckpointError, ExportError, GraphError, InputError, TaskzipError
 from taskzip.export import export_onnx
 from taskzip.inspection import inspect
-from taskzip.plan import Threshold
+from taskzip.plan import Budget, MaxDrop, Threshold
+from taskzip.pruning import prune
 from taskzip.retraining import Retraining, retrain
 from taskzip.task import Task
 from taskzip.zipped import ZippedModel, load
@@ -12,10 +13,12 @@ from taskzip.zipping import zip_tasks as zip
 __version__ = "0.1.0"
 
 __all__ = [
+    "Budget",
     "CheckpointError",
     "ExportError",
     "GraphError",
     "InputError",
+    "MaxDrop",
     "Retraining",
     "Task",
     "TaskzipError",
@@ -25,6 +28,7 @@ __all__ = [
     "export_onnx",
     "inspect",
     "load",
+    "prune",
     "retrain",
     "zip",
 ]

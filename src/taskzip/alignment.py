@@ -25,10 +25,12 @@ class Segment:
         channels: per owner, its own channels (columns of a linear layer) in the common order. Where the networks' own
             inputs differ in size, a smaller one has only the first of them; the others are fictive connections of
             weight 0 (Algorithm 1, first step).
+        source: the joint space in which these units lie; None where they are the networks' own input.
     """
 
     owners: Owners
     channels: Mapping[int, np.ndarray]
+    source: int | None = None
 
     @property
     def size(self) -> int:
@@ -154,7 +156,7 @@ def align_inputs(
             sources.setdefault(source, {})[t] = read
     raw = {t: read.slots for t, read in sources.pop(None, {}).items()}
     segments = [Segment(tuple(raw), raw)] if len(raw) > 1 else []
-    segments += [segment for read in sources.values() if len(read) > 1 for segment in _segments(read)]
+    segments += [each for source, read in sources.items() if len(read) > 1 for each in _segments(source, read)]
     return JointInputs(layers, tuple(segments), tuple(t for t, layer in layers.items() if layer.bias is not None))
 
 
@@ -179,7 +181,7 @@ def _sources(member: Member, layer: Layer, slots: Slots) -> dict[int | None, _Re
     return found
 
 
-def _segments(read: Mapping[int, _Read]) -> Iterator[Segment]:
+def _segments(source: int | None, read: Mapping[int, _Read]) -> Iterator[Segment]:
     """The slots that the same two or more tasks read; where tasks read a unit differently often, none."""
     if len({each.channels.shape[1] for each in read.values()}) > 1:
         return
@@ -191,4 +193,5 @@ def _segments(read: Mapping[int, _Read]) -> Iterator[Segment]:
         if present.sum() > 1:
             where = np.flatnonzero(pattern == index)
             tasks = [(k, t) for k, t in enumerate(read) if present[k]]
-            yield Segment(tuple(t for _, t in tasks), {t: read[t].channels[place[k, where]].ravel() for k, t in tasks})
+            channels = {t: read[t].channels[place[k, where]].ravel() for k, t in tasks}
+            yield Segment(tuple(channels), channels, source)

@@ -124,7 +124,7 @@ class JointLayer:
         groups: per set of owners, their units.
         slots: per task, in which slot each of its units stands.
         weights: per task, its weights as merged so far.
-        cost: the summed functional difference of all pairs so far.
+        costs: per task that was added, the functional difference of each of its pairs.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class JointLayer:
             pairing: how units find their partners.
             slots: per task, where the units stand; None where this layer decides.
         """
-        self.cost = 0.0
+        self.costs: list[Tensor] = []
         self._sides = sides
         self._inputs = inputs
         self._rows = {t: torch.from_numpy(each).to(sides[t].weights.device) for t, each in rows.items()}
@@ -156,6 +156,20 @@ class JointLayer:
         self.groups: dict[Owners, Group] = {(first,): Group(self._all_units(first), self.slots[first])}
         for task in self._others:
             self._add(task)
+
+    @property
+    def cost(self) -> float:
+        """The summed functional difference of all pairs."""
+        return sum(float(each.sum()) for each in self.costs)
+
+    def energy(self) -> float:
+        """What d would be if the pre-activations were lost: half their variance, summed over rows and tasks."""
+        total = 0.0
+        for t, rows in self._rows.items():
+            side = self._sides[t]
+            variance = side.statistics.moments(side.weights[rows.flatten()])[1]
+            total += side.balance / side.samples * side.statistics.rows * float(variance.sum()) / 2
+        return total
 
     def match_spread(self) -> None:
         """Give merged units back the spread that the original networks had; batch-norm does that by itself."""
@@ -203,7 +217,7 @@ class JointLayer:
         meetings = [_Meeting(self, owners, task, common) for owners, common in candidates if common.channels]
         slots = np.concatenate([np.empty(0, np.int64), *(self.groups[m.owners].slots for m in meetings)])
         pairs = self._pair(task, [m.difference for m in meetings], slots)
-        self.cost += float(pairs.cost.sum())
+        self.costs.append(pairs.cost)
         start = 0
         for meeting in meetings:
             inside = (pairs.a >= start) & (pairs.a < start + len(meeting.units))

@@ -1,12 +1,17 @@
-"""How much to share: a fraction, a dict per layer, or up to which functional difference (N~_l, epsilon_l)."""
+"""How much to share.
+
+`Share` and `Threshold` say how much of each layer: a fraction or a count (N~_l), or up to which functional difference
+(epsilon_l). `Budget` and `MaxDrop` say what is to come of it, and `search` finds the `Share`.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from taskzip.errors import InputError
 
@@ -16,6 +21,11 @@ class Quota(NamedTuple):
 
     pairs: int
     threshold: float | None = None
+
+    def divided(self, units: Sequence[int]) -> list[Quota]:
+        """The quota over parts of so many units, in proportion."""
+        ends = [round(self.pairs * end / max(sum(units), 1)) for end in itertools.accumulate(units, initial=0)]
+        return [self._replace(pairs=end - start) for start, end in itertools.pairwise(ends)]
 
 
 @dataclass(frozen=True)
@@ -65,9 +75,7 @@ class Share:
                         f"share for layer {layer!r} is {amount!r}: give a fraction (float, 0 to 1) or a count (int)."
                     )
         elif not _is_number(self.amount) or not 0 <= self.amount <= 1:
-            raise InputError(
-                f"share is {self.amount!r}: give a fraction from 0 to 1, a dict by layer name, or a Threshold."
-            )
+            raise InputError(f"share is {self.amount!r}: give a fraction from 0 to 1, a dict by layer name, or a plan.")
 
     def named(self) -> Iterable[str]:
         """The layers that are named one by one."""
@@ -93,7 +101,100 @@ class Share:
         return Quota(int(amount))
 
 
+@dataclass(frozen=True)
+class Budget:
+    """The sharing of least cost that fits a size: least summed functional difference, relative per layer (`curves`).
+
+    Args:
+        size: of the joint network: a float in (0, 1] is the fraction of the separate networks' parameters together; an
+            int is bytes, parameters times element size.
+
+    Raises:
+        InputError: a size that is neither.
+    """
+
+    size: float
+
+    def __post_init__(self) -> None:
+        is_bytes = isinstance(self.size, Integral)
+        if not _is_number(self.size) or self.size <= 0 or (not is_bytes and self.size > 1):
+            raise InputError(
+                f"Budget({self.size!r}): give a fraction of the separate networks (float, above 0 to 1) or bytes (int)."
+            )
+
+    def named(self) -> Iterable[str]:
+        """The layers that are named one by one: none."""
+        return ()
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return {"budget": _plain(self.size)}
+
+
+Metric = Callable[[Any, Any], Any]
+"""`metric(output, targets)` of a batch, higher is better: a number, or a tensor with one value per sample."""
+
+
+@dataclass(frozen=True)
+class MaxDrop:
+    """The sharing that saves most parameters while no task loses more than `points` on held-out data.
+
+    Args:
+        points: what a task may lose, in the unit of its metric; percentage points where that is accuracy.
+        data: by task name, a re-iterable of batches with targets, in the forms of `Task.data`; neither the calibration
+            data nor a test set.
+        metric: `metric(output, targets)` for all tasks or by task name, averaged over the samples; higher is better. It
+            gives a number for the batch, or a tensor with one value per sample. Default: `Task.metric`, else accuracy
+            in percent where the task's loss is cross-entropy (classes along axis 1).
+        confidence: how sure it is to be that a task does not lose more on other data of the kind: an upper confidence
+            bound of its loss stays within `points`, from how much the loss varies over the held-out samples. With 0.5
+            that is the measured loss itself.
+        evaluations: at most so many joint networks are made and measured, at least 2.
+
+    Raises:
+        InputError: an argument that cannot be used.
+    """
+
+    points: float
+    data: Mapping[str, Iterable[Any]]
+    metric: Metric | Mapping[str, Metric] | None = None
+    confidence: float = 0.95
+    evaluations: int = 16
+
+    def __post_init__(self) -> None:
+        if not _is_number(self.points) or self.points < 0:
+            raise InputError(f"MaxDrop: points={self.points!r} must be a number >= 0.")
+        if not isinstance(self.data, Mapping):
+            raise InputError("MaxDrop: data must be a dict from task names to batches with targets.")
+        for name, batches in self.data.items():
+            if isinstance(batches, Iterator) or not isinstance(batches, Iterable):
+                raise InputError(
+                    f"MaxDrop: data of task {name!r} is a {type(batches).__name__}, but it is read many times: pass "
+                    f"list(...) or a DataLoader."
+                )
+        for metric in self.metric.values() if isinstance(self.metric, Mapping) else [self.metric]:
+            if metric is not None and not callable(metric):
+                raise InputError(f"MaxDrop: metric {metric!r} must be a function of output and targets.")
+        if not _is_number(self.confidence) or not 0.5 <= self.confidence < 1:
+            raise InputError(f"MaxDrop: confidence={self.confidence!r} must be a number from 0.5 to below 1.")
+        if not isinstance(self.evaluations, Integral) or isinstance(self.evaluations, bool) or self.evaluations < 2:
+            raise InputError(f"MaxDrop: evaluations={self.evaluations!r} must be a whole number >= 2.")
+
+    def named(self) -> Iterable[str]:
+        """The layers that are named one by one: none."""
+        return ()
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return {"max_drop": float(self.points), "confidence": float(self.confidence)}
+
+    def metric_of(self, task: str) -> Metric | None:
+        """The metric given for a task."""
+        return self.metric.get(task) if isinstance(self.metric, Mapping) else self.metric
+
+
 SharePlan = Share | Threshold
+SearchPlan = Budget | MaxDrop
 
 
 def as_plan(share: float | Mapping[str, float] | SharePlan) -> SharePlan:

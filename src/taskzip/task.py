@@ -29,7 +29,8 @@ class Task:
             whose inputs may be a tuple of tensors, or a dict for `model(**batch)`. The first axis of every tensor is
             the sample.
         loss: `loss(output, targets)`, a mean over the batch; needed only to retrain with labels.
-        metric: `metric(output, targets)`, any number to report; optional.
+        metric: `metric(output, targets)` of a batch, higher is better: a number, or a tensor with one value per sample;
+            read by `MaxDrop` only.
         forward: `forward(model, batch)` if the network is called in another way than the forms of `data` say.
 
     Raises:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
@@ -20,6 +19,7 @@ from taskzip.members import Member, Owners
 from taskzip.ordering import stream_slots
 from taskzip.plan import Quota
 from taskzip.recalibration import batch_norm_statistics, least_squares
+from taskzip.recording import Recorder
 from taskzip.settings import Settings
 from taskzip.spaces import JointSpaces, Part, alike
 from taskzip.zipped import LayerRecord
@@ -35,6 +35,7 @@ class Zipper:
         self.members = members
         self.settings = settings
         self.spaces = JointSpaces(members, layers)
+        self.recorder = Recorder(members)
         shares = any(self._quota(layer, parts).pairs for layer in layers if (parts := self.spaces.parts(layer)))
         streams = self.spaces.streams if shares else set()
         self.aligned = shares and (bool(streams) if settings.aligned is None else settings.aligned)
@@ -52,13 +53,15 @@ class Zipper:
         before = _size(members, layers)
         sharing = set(inputs.layers) if parts and (quota.pairs or self.aligned) else set()
 
-        statistics = {t: _observe(members[t], x, settings, t in sharing) for t, x in layers.items()}
-        weights = {t: _compensated(members[t], x, statistics[t], settings) for t, x in layers.items()}
+        statistics = {t: observe(members[t], x, settings, t in sharing) for t, x in layers.items()}
+        weights = {t: compensated(members[t], x, statistics[t], settings) for t, x in layers.items()}
         joints = self._join(inputs, parts, statistics, weights, quota) if sharing else []
         for joint in joints:
             joint.write(weights)
         for t, layer in layers.items():
-            _settle(members[t], layer, statistics[t], weights[t], settings)
+            settle(members[t], layer, statistics[t], weights[t], settings)
+        if joints:
+            self.recorder.record(name, inputs, parts, joints, [self._is_aligned(part) for part in parts])
         for part, joint in zip(parts, joints, strict=False):
             self._place(part, joint)
         shared = sum(joint.shared_rows() for joint in joints)
@@ -78,7 +81,7 @@ class Zipper:
 
     def _quota_of(self, layers: JointLayers, part: Part) -> Quota:
         parts = self.spaces.parts(layers)
-        quotas = _divided(self._quota(layers, parts), [each.units for each in parts])
+        quotas = self._quota(layers, parts).divided([each.units for each in parts])
         return next(quota for each, quota in zip(parts, quotas, strict=True) if each.joint == part.joint)
 
     def _couple(self, layers: Sequence[JointLayers], coupled: Collection[int]) -> None:
@@ -86,7 +89,7 @@ class Zipper:
         sides = []
         for t, member in enumerate(self.members):
             own = {layer[t].name: layer[t] for layer in layers if t in layer and self.spaces.parts(layer)}
-            seen = _survey(member, self.settings, own)
+            seen = survey(member, self.settings, own)
             sides.append({name: self._side(t, x, member.weights(x), seen[name], NONE) for name, x in own.items()})
         slots = stream_slots(
             self.members,
@@ -158,7 +161,7 @@ class Zipper:
             if (s := statistics[t]) is not None
         }
         joints = []
-        for part, each in zip(parts, _divided(quota, [part.units for part in parts]), strict=True):
+        for part, each in zip(parts, quota.divided([part.units for part in parts]), strict=True):
             placed = all(space in self.members[t].slots for t, space in part.spaces.items())
             own = placed and self.settings.residual == "independent" and part.joint not in self.spaces.twisted
             given = (
@@ -198,12 +201,6 @@ def layer_name(layers: JointLayers) -> str:
     return next(iter(layers.values())).name
 
 
-def _divided(quota: Quota, units: Sequence[int]) -> list[Quota]:
-    """A quota over parts of so many units, in proportion."""
-    ends = [round(quota.pairs * end / max(sum(units), 1)) for end in np.cumsum([0, *units])]
-    return [quota._replace(pairs=end - start) for start, end in itertools.pairwise(ends)]
-
-
 def _shared_rows(task: int, parts: Sequence[Part], joints: Sequence[JointLayer]) -> dict[Owners, np.ndarray]:
     """Which rows of a task's layer, as they lie now, it shares with whom."""
     found: dict[Owners, list[np.ndarray]] = {}
@@ -214,20 +211,20 @@ def _shared_rows(task: int, parts: Sequence[Part], joints: Sequence[JointLayer])
     return {owners: np.concatenate(rows) for owners, rows in found.items()}
 
 
-def _observe(member: Member, layer: Layer, settings: Settings, sharing: bool) -> LayerStatistics | None:
+def observe(member: Member, layer: Layer, settings: Settings, sharing: bool) -> LayerStatistics | None:
     """Lines 2 and 3 of Algorithm 1, where anything is to be done with it."""
     if not sharing and not _to_solve(member, layer, settings):
         return None
     changed = member.changed and not layer.reads_input and _follows(layer, settings)
     if changed and not member.answers.started:
-        _survey(member, settings, ())
+        survey(member, settings, ())
     observer = member.observer(settings.max_rows, settings.seed)
     statistics = observer.observe(layer, changed=changed, rows=member.original_rows(layer))
     member.answers.forget(layer.name)
     return statistics
 
 
-def _survey(member: Member, settings: Settings, wanted: Collection[str]) -> dict[str, LayerStatistics]:
+def survey(member: Member, settings: Settings, wanted: Collection[str]) -> dict[str, LayerStatistics]:
     """One pass over a task's data with the original network, for all layers."""
     layers = [
         layer
@@ -252,14 +249,15 @@ def _solves(layer: Layer, settings: Settings) -> bool:
     return layer.solvable and (settings.compensate is True or (bool(settings.compensate) and layer.pinned == OUTPUT))
 
 
-def _compensated(member: Member, layer: Layer, statistics: LayerStatistics | None, settings: Settings) -> Tensor:
+def compensated(member: Member, layer: Layer, statistics: LayerStatistics | None, settings: Settings) -> Tensor:
+    """A layer's weights, solved again where its inputs may have changed (design 2.5)."""
     weights = member.weights(layer)
     if statistics is None or not _to_solve(member, layer, settings):
         return weights
     return least_squares(statistics, weights, settings.ridge, bias=layer.bias is not None)
 
 
-def _settle(
+def settle(
     member: Member, layer: Layer, statistics: LayerStatistics | None, weights: Tensor, settings: Settings
 ) -> None:
     """Write a layer's new weights into the network, and let the batch-norm behind it follow."""

@@ -5,18 +5,21 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from rich.console import Console
 from rich.progress import Progress
 
 from taskzip.correspondence import JointLayers, Layers, correspond
+from taskzip.curves import Curve
 from taskzip.errors import InputError
 from taskzip.matching import Matching
 from taskzip.members import Member
 from taskzip.observation import MaxRows
-from taskzip.plan import SharePlan
+from taskzip.plan import Budget, MaxDrop, SearchPlan, Share, SharePlan
 from taskzip.randomness import seeded
 from taskzip.retraining import Retraining
+from taskzip.search import search
 from taskzip.settings import Compensation, Norms, Residual, Settings, read_settings
 from taskzip.task import Task
 from taskzip.zipped import ZippedModel
@@ -29,7 +32,7 @@ log = logging.getLogger("taskzip")
 def zip_tasks(
     tasks: Sequence[Task],
     *,
-    share: float | Mapping[str, float] | SharePlan,
+    share: float | Mapping[str, float] | SharePlan | SearchPlan,
     balance: float | Sequence[float] | Mapping[str, float] | None = None,
     matching: Matching = "optimal",
     compensate: Compensation = True,
@@ -56,8 +59,9 @@ def zip_tasks(
         tasks: two or more tasks; widths, depths and inputs may differ. They are added one after another to the joint
             network (Sec. 3.4); a unit of a later task may join units that others share already.
         share: how much to share: a fraction of each hidden layer's units (of the smaller one), a dict by layer name
-            with fractions (float) or counts (int; an attention head counts as one), or `Threshold(eps)`. Layers are
-            called as in the first task's network.
+            with fractions (float) or counts (int; an attention head counts as one), or `Threshold(eps)`; or what is
+            wanted of it, `Budget(size)` or `MaxDrop(points, data)`, for which the networks are zipped several times.
+            Layers are called as in the first task's network.
         balance: the weight of each task's error (alpha): a dict by task name or a sequence, summing to 1; a single
             number is the first task's. Default: equal.
         matching: "optimal" (exact minimum-cost pairs), "greedy" (the paper's) or "random".
@@ -97,9 +101,10 @@ def zip_tasks(
         GraphError: a network that torch.export cannot follow, or that was read wrongly.
     """
     tasks = _checked(tasks)
+    wanted = share if isinstance(share, (Budget, MaxDrop)) else None
     settings = read_settings(
         [task.name for task in tasks],
-        share=share,
+        share=1.0 if isinstance(share, (Budget, MaxDrop)) else share,
         balance=balance,
         matching=matching,
         compensate=compensate,
@@ -115,11 +120,22 @@ def zip_tasks(
         retrain=retrain,
         seed=seed,
     )
+
+    def zip_with(plan: Share) -> tuple[ZippedModel, list[Curve]]:
+        return _zip(tasks, replace(settings, plan=plan), progress=False)
+
+    if wanted is not None:
+        return search(wanted, tasks, zip_with, seed=settings.seed, progress=progress)
+    return _zip(tasks, settings, progress)[0]
+
+
+def _zip(tasks: Sequence[Task], settings: Settings, progress: bool) -> tuple[ZippedModel, list[Curve]]:
+    """The joint network, and what sharing cost and saved in each layer."""
     with seeded(settings.seed):
-        return _zip(tasks, settings, progress)
+        return _zip_layers(tasks, settings, progress)
 
 
-def _zip(tasks: Sequence[Task], settings: Settings, progress: bool) -> ZippedModel:
+def _zip_layers(tasks: Sequence[Task], settings: Settings, progress: bool) -> tuple[ZippedModel, list[Curve]]:
     """Algorithm 1: layer by layer, each from inputs computed by the networks as zipped so far."""
     members = [Member(task, settings.seed, fold_batch_norm=settings.batch_norm == "fold") for task in tasks]
     layers = correspond([task.name for task in tasks], [m.structure.layers for m in members], settings.layers)
@@ -146,7 +162,7 @@ def _zip(tasks: Sequence[Task], settings: Settings, progress: bool) -> ZippedMod
                 weights = [weight for member in members for weight in member.layer_weights()]
                 settings.retraining.run(zipped, tasks, steps, seed=settings.seed, weights=weights)
             bar.advance(todo)
-    return zipped.eval()
+    return zipped.eval(), zipper.recorder.curves
 
 
 def _checked(tasks: Sequence[Task]) -> Sequence[Task]:

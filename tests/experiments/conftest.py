@@ -43,4 +43,4 @@ def small(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Read the small data, and train for as long as they need."""
     monkeypatch.setenv("TASKZIP_DATA", str(data))
     monkeypatch.setattr(networks, "ITERATIONS", {"lenet300": 40, "lenet5": 40})
-    monkeypatch.setattr(methods, "RETRAINING", (2,))
+    monkeypatch.setattr(methods, "LATER", [(2, "labels"), (2, "distill")])

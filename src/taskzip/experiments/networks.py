@@ -57,19 +57,17 @@ class Shelf:
     Args:
         folder: for the files.
         say: is told in a line what takes long.
-        iterations: of training instead of the paper's, to try things out.
     """
 
     folder: Path
     say: Say
-    iterations: int | None = None
 
     def trained(self, kind: Kind, dataset: Dataset, seed: int) -> nn.Module:
         """A trained network in eval mode, from its file if that is there."""
         return self.kept(f"{kind}-{dataset}-{seed}", BUILD[kind], lambda path: self._train(kind, dataset, seed, path))
 
     def pruned(self, kind: Kind, dataset: Dataset, seed: int) -> nn.Module:
-        """The same network, pruned by L-OBS and retrained lightly with its zeros kept, from its file if that is there."""
+        """The same network pruned by L-OBS and lightly retrained, zeros kept; from its file if that is there."""
 
         def make(_: Path) -> nn.Module:
             model = self.trained(kind, dataset, seed)
@@ -96,7 +94,7 @@ class Shelf:
 
     def _train(self, kind: Kind, dataset: Dataset, seed: int, half_way: Path) -> nn.Module:
         images, labels = READ[dataset](split="train")
-        iterations = self.iterations or ITERATIONS[kind]
+        iterations = ITERATIONS[kind]
         self.say(f"training {kind} number {seed} on {dataset}: {iterations:,} iterations")
         with seeded(seed):
             model = BUILD[kind]()

@@ -45,7 +45,9 @@ class Pair:
 
     def calibration(self, seed: int, images: int = IMAGES) -> list[tz.Task]:
         """The tasks with some training images."""
-        chosen = torch.randperm(min(len(x) for x, _ in self.train), generator=torch.Generator().manual_seed(seed))[:images]
+        chosen = torch.randperm(min(len(x) for x, _ in self.train), generator=torch.Generator().manual_seed(seed))[
+            :images
+        ]
         data = [batches(x[chosen], y[chosen], size=500) for x, y in self.train]
         return [tz.Task(name, net, each) for name, net, each in zip("AB", self.networks, data, strict=True)]
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Mapping
 from io import StringIO
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -51,8 +53,24 @@ def summary_table(zipped: ZippedModel) -> str:
         notes.insert(
             0, _wrapped(f"{apart:,} connections apart, {zipped.connection_count():,} together (weights not 0).")
         )
+    search = zipped.history.settings.get("search")
+    if search:
+        notes.insert(0, _wrapped(_certificate(search)))
     head = _wrapped(f"{' + '.join(zipped)}: {before:,} parameters apart, {after:,} together")
     return "\n".join([head, *[line for line in lines if line], *notes])
+
+
+def _certificate(search: Mapping[str, Any]) -> str:
+    """What the share plan was searched for, and what was measured."""
+    if "budget" in search:
+        return f"Budget({search['budget']}): {search['parameters']:,} of at most {search['most']:,} parameters."
+    measured = ", ".join(
+        f"{name} {m['before']:.2f} to {m['after']:.2f} "
+        f"({m['lost']:.2f} lost, at most {m['at_most']:.2f}; {m['samples']:,} samples)"
+        for name, m in search["tasks"].items()
+    )
+    sure = f"{search['confidence']:.0%} sure"
+    return f"MaxDrop({search['max_drop']:g}), {sure}, {search['evaluations']} evaluations: {measured}."
 
 
 def _wrapped(text: str) -> str:
