@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -169,15 +172,146 @@ def test_an_input_that_is_written_into() -> None:
 
 
 def test_what_cannot_be_done_again_is_refused() -> None:
+    class Features(Net):
+        def forward(self, x: Tensor) -> Any:
+            x = self.first(x)
+            return x, self.out(self.second(self.activation(x)).mean((2, 3)))
+
     class Spoiling(Net):
         def forward(self, x: Tensor) -> Tensor:
             y = super().forward(x)
             x.mul_(0.5)
             return y
 
-    joint = tied(Net(0), Spoiling(1, F.relu_))
+    joint = tied(Features(0), Spoiling(1, F.relu_))
     with torch.no_grad(), pytest.raises(tz.InputError, match="call them one by one"):
         joint(small_images())
+
+
+def _register(x: Tensor) -> Tensor:
+    x.register_hook(lambda gradient: gradient * 0)
+    return x.relu()
+
+
+def _assign(x: Tensor) -> Tensor:
+    x.data = x.data * 2
+    return x.relu()
+
+
+def _by_way_of_a_view(x: Tensor) -> Tensor:
+    x.view(-1).data.mul_(2)
+    return x.relu()
+
+
+def _by_way_of_numpy(x: Tensor) -> Tensor:
+    x.detach().numpy().__imul__(2)
+    return x.relu()
+
+
+def _require(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_().relu()
+
+
+@pytest.mark.parametrize("activation", [_register, _assign, _by_way_of_a_view, _by_way_of_numpy, _require])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0), (1, 1), (0, 1, 0), (1, 0, 0)])
+def test_what_torch_does_not_count(activation: Callable[[Tensor], Tensor], order: tuple[int, ...]) -> None:
+    """Values and gradients, where what happens to a tensor leaves its version as it was."""
+
+    class Keeping(Net):
+        def forward(self, x: Tensor) -> Any:
+            x = self.first(x)
+            return x, self.out(self.second(self.activation(x)).relu().mean((2, 3)))
+
+    joint = tied(*(Keeping(seed, [F.relu, activation][which]) for seed, which in enumerate(order)))
+    found = []
+    for run in (lambda x: {name: joint[name](x) for name in joint}, joint):
+        joint.zero_grad()
+        outputs = run(small_images())
+        sum(y.square().sum() for _, y in outputs.values()).backward()
+        found.append((outputs, {name: p.grad for name, p in joint.named_parameters()}))
+    torch.testing.assert_close(*found)
+    same(found[1][0], found[0][0])
+
+
+def test_a_detached_result_that_another_task_writes_into() -> None:
+    class Detaching(Net):
+        def forward(self, x: Tensor) -> Any:
+            return self.first(x).detach(), self.out(self.second(self.first(x).relu()).mean((2, 3)))
+
+    class Writing(Net):
+        def forward(self, x: Tensor) -> Any:
+            x = self.first(x).detach()
+            return x.mul_(2), self.out(self.second(x).mean((2, 3)))
+
+    for mode in (torch.no_grad, torch.enable_grad):
+        joint = tied(Detaching(0), Writing(1))
+        with mode():
+            same(joint(small_images()), {name: joint[name](small_images()) for name in joint})
+
+
+def test_batch_norm_that_follows_the_batches_in_eval_mode() -> None:
+    """It writes its statistics, which torch does not count."""
+
+    class Following(Net):
+        def __init__(self, seed: int) -> None:
+            super().__init__(seed)
+            self.register_buffer("mean", torch.zeros(4))
+            self.register_buffer("var", torch.ones(4))
+
+        def forward(self, x: Tensor) -> Any:
+            x = F.batch_norm(self.first(x), self.mean, self.var, training=True)
+            return self.out(self.second(x).mean((2, 3)))
+
+    joint = tied(Following(0), Following(1))
+    with torch.no_grad():
+        joint(small_images())
+    assert torch.equal(joint["a"].mean, joint["b"].mean) and joint["b"].mean.any()
+
+
+def test_results_in_several_parts() -> None:
+    class Gated(Net):
+        def forward(self, x: Tensor) -> Any:
+            value, gate = self.first(x).chunk(2, dim=1)
+            value, _ = torch.cat([value * gate.sigmoid(), value], dim=1).sort(dim=1)
+            return self.out(self.second(value).mean((2, 3)))
+
+    calls = counts(tied(Gated(0), Gated(1)), small_images())
+    assert calls["convolution"] == 2 and calls["sigmoid"] == 1
+
+
+@pytest.mark.parametrize("activation, in_use", [(F.relu, 0), (F.relu_, 1)])  # what a network still calls x
+@pytest.mark.parametrize("tasks", [2, 3])
+def test_nothing_is_kept_longer_than_needed(activation: Callable[[Tensor], Tensor], in_use: int, tasks: int) -> None:
+    """What the last task is past is gone while it still runs, and everything afterwards."""
+    outputs: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+    joint = tied(*(Net(seed, activation) for seed in range(tasks)))
+    for network in joint.tasks.values():
+        for layer in (network.first, network.second):
+            layer.register_forward_hook(lambda _module, _args, output: outputs.append(weakref.ref(output)))
+    network.out.register_forward_hook(lambda *_: alive.append(sum(ref() is not None for ref in outputs)))
+    gc.disable()
+    try:
+        with torch.no_grad():
+            joint(small_images())
+        assert len(outputs) == 2 * tasks and alive == [in_use]
+        assert not any(ref() is not None for ref in outputs)
+    finally:
+        gc.enable()
+
+
+def test_hooks_run_for_every_task() -> None:
+    joint = tied(Net(0), Net(1))
+    seen: list[str] = []
+    joint["a"].first.register_forward_hook(lambda *_: seen.append("a"))
+    joint["b"].first.register_forward_hook(lambda *_: seen.append("b"))
+    joint["b"].second.register_forward_pre_hook(lambda _module, args: (args[0] * 2,))
+    calls = counts(joint, small_images())
+    assert seen == ["a", "b", "a", "b"]  # one by one, then together
+    assert calls["convolution"] == 3
+    joint["b"].second.register_full_backward_hook(lambda *_: seen.append("backward"))
+    sum(y.sum() for y in joint(small_images()).values()).backward()
+    assert seen[-1] == "backward"
 
 
 def test_settings_count() -> None:
@@ -218,6 +352,20 @@ def test_training_mode_runs_apart() -> None:
     assert counts(joint, small_images())["convolution"] == 4
 
 
+def test_dropout_and_batch_statistics_in_training_mode() -> None:
+    def make() -> nn.Module:
+        layers = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.ReLU(True), nn.Flatten(), nn.Linear(64, 3)
+        return nn.Sequential(*layers)
+
+    joint = zipped(make, small_images(30), batch_norm="fold").train()
+    other = copy.deepcopy(joint)
+    torch.manual_seed(5)
+    together = joint(small_images())
+    torch.manual_seed(5)
+    same(together, {name: other[name](small_images()) for name in other})
+    same(dict(joint.named_buffers()), dict(other.named_buffers()))
+
+
 def test_dropout_and_noise_in_eval_mode() -> None:
     noise = lambda x: F.dropout(x, 0.5)  # noqa: E731
     joint = tied(Net(0, noise), Net(1, noise))
@@ -226,8 +374,8 @@ def test_dropout_and_noise_in_eval_mode() -> None:
         together = joint(small_images())
         torch.manual_seed(5)
         same(together, {name: joint[name](small_images()) for name in joint})
-    off = tied(*(Net(seed, lambda x: F.dropout(x, 0.5, training=False).relu()) for seed in range(2)))
-    assert counts(off, small_images())["convolution"] == 2
+    for off in (lambda x: F.dropout(x, 0.5, False).relu(), lambda x: nn.Dropout2d().eval()(x).relu()):
+        assert counts(tied(Net(0, off), Net(1, off)), small_images())["convolution"] == 2
 
 
 def test_outputs_of_their_own() -> None:
@@ -273,6 +421,26 @@ def test_exported_and_compiled_graphs_hold_plain_operators() -> None:
     x = small_images()
     program = torch.export.export(joint, (x,), strict=False)
     same(program.module()(x), joint(x))
+
+
+def test_compiled_parts_run_as_ever() -> None:
+    joint = tied(Net(0), Net(1))
+    right = {name: joint[name](small_images()).detach() for name in joint}
+    joint["b"].second.compile(backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(joint(small_images()), right)
+        joint["a"].second = torch.compile(joint["a"].second, backend="eager")
+        torch.testing.assert_close(joint(small_images()), right)
+
+
+def test_tensors_without_values_and_of_inference_mode() -> None:
+    assert tied(Net(0), Net(1)).to("meta")(small_images().to("meta"))["b"].shape == (5, 3)
+    with torch.inference_mode():
+        made = tied(Net(0, F.relu_), Net(1, F.relu_))
+        x = small_images()
+        same(made(x), {name: made[name](x) for name in made})
+    with torch.no_grad():
+        same(made(x), {name: made[name](x) for name in made})
 
 
 def test_under_torch_func() -> None:

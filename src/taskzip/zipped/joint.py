@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from taskzip.errors import InputError
@@ -23,26 +24,37 @@ class _WrittenInto(Exception):
 
 
 def run_jointly(networks: Mapping[str, nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Every network's output, the same as if each had run by itself.
+    """Every network's output, the same as if each had run by itself, one after another.
 
-    In training mode each does run by itself, for dropout and batch statistics are its own; so it does while torch
-    compiles or exports. What is in common stays in memory until all have run.
+    What they have in common is computed once: results of pure functions of the input, of shared weights and of equal
+    buffers. These stay in memory until the last network has taken them.
+
+    Each network does run by itself where any is in training mode, for dropout and batch statistics are its own; where
+    any holds torch's own attention or compiled parts; and while torch compiles, traces or exports.
+
+    Raises:
+        InputError: networks that write into their input, and into a result that others have too: they would have to
+            run again by themselves, and their input is no more.
     """
-    if torch.compiler.is_compiling() or any(map(_runs_alone, networks.values())):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or any(map(_runs_alone, networks.values())):
         return _run_apart(networks, args, kwargs)
-    weights = _shared_weights(list(networks.values()))
-    given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    if not weights or any(map(torch._C._functorch.is_functorch_wrapped_tensor, [*weights, *given])):
+    every = list(networks.values())
+    weights = _shared_weights(every)
+    held = [*weights, *(buffer for network in every for buffer in network.buffers())]
+    if not weights or any(map(_unusual, [*_tensors((args, kwargs)), *held])) or any(t.is_inference() for t in held):
         return _run_apart(networks, args, kwargs)
     grad = torch.is_grad_enabled()
     # Inference mode does not count how often a tensor was written to, which the memo has to know.
     with torch.inference_mode(False), torch.set_grad_enabled(grad):
         args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, (args, kwargs))
-        inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        inputs = _tensors((args, kwargs))
         versions = [tensor._version for tensor in inputs]
-        memo = Memo([*([tensor] for tensor in (*inputs, *weights)), *_equal_buffers(list(networks.values()))])
+        memo = Memo([*([tensor] for tensor in (*inputs, *weights)), *_equal_buffers(every, weights)])
+        outputs = {}
         try:
-            return {name: _run(network, memo, args, kwargs) for name, network in networks.items()}
+            for left, (name, network) in zip(reversed(range(len(every))), networks.items(), strict=True):
+                memo.last = left == 0
+                outputs[name] = _run(network, memo, args, kwargs)
         except _WrittenInto:
             if versions != [tensor._version for tensor in inputs]:
                 raise InputError(
@@ -50,6 +62,7 @@ def run_jointly(networks: Mapping[str, nn.Module], args: tuple[Any, ...], kwargs
                     "zipped[name](...), each on a copy."
                 ) from None
             return _run_apart(networks, args, kwargs)
+        return outputs
 
 
 def _run_apart(networks: Mapping[str, nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -57,10 +70,26 @@ def _run_apart(networks: Mapping[str, nn.Module], args: tuple[Any, ...], kwargs:
 
 
 def _runs_alone(network: nn.Module) -> bool:
-    return any(module.training or isinstance(module, _SENSITIVE) for module in network.modules())
+    return any(
+        module.training
+        or isinstance(module, _SENSITIVE)
+        or "_orig_mod" in module._modules  # compiled by torch.compile(module)
+        or module._compiled_call_impl is not None  # compiled by module.compile()
+        for module in network.modules()
+    )
+
+
+def _unusual(tensor: Tensor) -> bool:
+    """Whether a tensor has no values of its own."""
+    return tensor.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _run(network: nn.Module, memo: Memo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A network's output, none of whose tensors lies where another one's does."""
     with memo:
         output = network(*args, **kwargs)
     if memo.spoilt:
@@ -72,26 +101,37 @@ def _run(network: nn.Module, memo: Memo, args: tuple[Any, ...], kwargs: dict[str
     return pytree.tree_unflatten([x.clone() if also else x for x, also in zip(leaves, given, strict=True)], form)
 
 
-def _shared_weights(networks: Sequence[nn.Module]) -> list[nn.Parameter]:
+def _shared_weights(networks: Sequence[nn.Module]) -> dict[nn.Parameter, None]:
     """The parameters of several networks, blocks of weights only where all of the weight is shared."""
     users = Counter(parameter for network in networks for parameter in network.parameters())
-    holders = dict.fromkeys(module for network in networks for module in network.modules())
     found: dict[nn.Parameter, None] = {}
-    for module in holders:
+    for module in dict.fromkeys(module for network in networks for module in network.modules()):
         own = list(module.parameters(recurse=False))
         shared = [parameter for parameter in own if users[parameter] > 1]
         if len(shared) == len(own) or not isinstance(module, Blocks):
             found |= dict.fromkeys(shared)
-    return list(found)
+    return found
 
 
-def _equal_buffers(networks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Buffers of one name and the same values, such as the mean of the images."""
-    others = [dict(network.named_buffers()) for network in networks[1:]]
-    for name, buffer in networks[0].named_buffers():
-        found = [other[name] for other in others if name in other and _equal(other[name], buffer)]
-        if found:
-            yield [buffer, *found]
+def _equal_buffers(networks: Sequence[nn.Module], weights: Mapping[nn.Parameter, None]) -> Iterator[list[Tensor]]:
+    """Buffers of one name and the same values, such as the mean of the images.
+
+    Those of batch-norm with a scale of its own are left out: nothing that it computes is common.
+    """
+    found: dict[str, list[list[Tensor]]] = {}
+    for network in networks:
+        for path, module in network.named_modules():
+            if isinstance(module, _BatchNorm) and module.weight is not None and module.weight not in weights:
+                continue
+            for name, buffer in module.named_buffers(path, recurse=False):
+                groups = found.setdefault(name, [])
+                group = next((each for each in groups if _equal(each[0], buffer)), None)
+                if group is None:
+                    groups.append([buffer])
+                else:
+                    group.append(buffer)
+    for groups in found.values():
+        yield from (group for group in groups if len(group) > 1)
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

@@ -1,7 +1,9 @@
-"""What torch has computed, numbered by how it came about, so that it need not be computed again (value numbering).
+"""What torch has computed, numbered by how it came about, so that it need not be computed again.
 
 The number of a result stands for the function, its settings, and the numbers of the tensors that went in, beginning
-with those that are called common. Equal numbers are equal values; what has no number is computed as ever.
+with those that are called common. Equal numbers are equal values; what has no number is computed as ever. This is
+common-subexpression elimination by value numbering (J. Cocke, J. T. Schwartz, *Programming Languages and Their
+Compilers*, 1970), done while the program runs.
 """
 
 from __future__ import annotations
@@ -13,48 +15,61 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import TensorWeakRef
 
 _SETTINGS = {bool, int, str, type, type(None), type(...), torch.Size}
 _SETTINGS |= {torch.dtype, torch.device, torch.memory_format, torch.layout}
+_FACTS = (_SETTINGS | {float, complex}) - {type(None)}
 # Known by other names than those of their operators.
-_PURE = {"interpolate", "normalize", "float", "half", "double"}
+_PURE = {"interpolate", "normalize", "float", "half", "double", "local_response_norm", "grid_sample", "fold"}
+_PURE |= {"softmin", "softsign", "tanhshrink"}
 _PURE |= {"__getitem__", "__rsub__", "__rdiv__", "__rpow__", "__rmatmul__"}
+# They change more of a tensor than what is counted.
+_EFFECTS = {"requires_grad_", "retain_grad", "detach_", "set_", "set_data", "resize_", "resize_as_"}
 # Undetermined or random, though their operators are not marked so.
 _IMPURE = {"empty_like", "new_empty", "new_empty_strided", "fractional_max_pool2d", "fractional_max_pool3d"}
+_IMPURE |= _EFFECTS
 
 
 class Memo(TorchFunctionMode):
     """While it is entered, pure functions of common tensors are computed once.
 
     Numbers and results hold for one state of a tensor only: torch counts in `_version` how often it was written to,
-    also by way of views.
+    also by way of views. Results are kept until the last user has taken them; all else is referred to weakly.
 
     Args:
         common: groups of tensors; those of a group have the same values.
+
+    Attributes:
+        last: whether nobody comes after the present user, so that nothing new is kept and what is recalled is let go.
     """
 
     def __init__(self, common: Iterable[list[Tensor]]) -> None:
         super().__init__()
+        self.last = False
         self._known: dict[Hashable, int] = {}
-        self._numbers: dict[int, tuple[Tensor, int, int]] = {}
+        self._numbers: dict[int, tuple[TensorWeakRef, int, int]] = {}  # by the id of the tensor
         self._results: dict[int, tuple[Tensor, int]] = {}
         self._copies: set[int] = set()  # numbers of results that nobody else holds
-        self._given: list[tuple[Tensor, int]] = []
+        self._given: list[tuple[TensorWeakRef, int]] = []
+        self._detached: list[Tensor] = []
+        self._exposed = False
+        devices = set()
         for number, group in enumerate(common):
             self._known[number] = number
             for tensor in filter(_plain, group):
                 self._note(tensor, number)
-        devices = {tensor.device.type for tensor, _, _ in self._numbers.values()}
+                devices.add(tensor.device.type)
         self._devices = sorted(filter(torch.amp.is_autocast_available, devices))
 
     @property
     def spoilt(self) -> bool:
-        """Whether someone wrote into a result that was given to others too."""
-        return any(tensor._version != version for tensor, version in self._given)
+        """Whether someone wrote, or can write unseen, into a result that was given to others too."""
+        return self._exposed or any(tensor._version != version for tensor, version in self._alive())
 
     def gave(self, value: Any) -> bool:
         """Whether a value, or what it is a view of, was given to others too."""
-        return _plain(value) and _memory(value) in {_memory(tensor) for tensor, _ in self._given}
+        return _plain(value) and _memory(value) in {_memory(tensor) for tensor, _ in self._alive()}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -67,8 +82,10 @@ class Memo(TorchFunctionMode):
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         writes = bool(kwargs.get("inplace")) or (name[-1:] == "_" and name[-2:] != "__")
-        pure = _is_pure(name, args, kwargs)
+        pure = _is_pure(func, name, args, kwargs)
         number = self._number_of(func, parts) if pure else None
+        if name == "detach":  # the result may outlive the tensor, on which one sees whether it was written into
+            self._detached += tensors
         if writes:
             self._keep(tensors[0])
         elif number is not None and (found := self._recall(number)) is not None:
@@ -76,18 +93,24 @@ class Memo(TorchFunctionMode):
         before = [_version(tensor) for tensor in tensors]
         result = func(*args, **kwargs)
         untouched = before == [_version(tensor) for tensor in tensors]
-        if number is not None and (writes or untouched) and _plain(result) and not result.is_inference():
+        if number is not None and (writes or untouched):
             self._store(number, result, tensors, writes)
-        elif not pure and type(result) not in _SETTINGS:
+        elif not pure and _exposes(name, result, tensors):
             self._forget(tensors)
         return result
 
+    def _alive(self) -> list[tuple[Tensor, int]]:
+        """What was given to others and still is in use, with the version that they got."""
+        held = [(reference(), version) for reference, version in self._given]
+        return [(tensor, version) for tensor, version in held if tensor is not None]
+
     def _number(self, tensor: Tensor) -> int | None:
-        found = self._numbers.get(id(tensor))
-        return found[2] if found and found[1] == _version(tensor) else None
+        reference, version, number = self._numbers.get(id(tensor), (None, 0, 0))
+        known = reference is not None and reference() is tensor and version == _version(tensor)
+        return number if known else None
 
     def _note(self, tensor: Tensor, number: int) -> None:
-        self._numbers[id(tensor)] = (tensor, _version(tensor), number)
+        self._numbers[id(tensor)] = (TensorWeakRef(tensor), _version(tensor), number)
 
     def _number_of(self, func: Callable[..., Any], parts: list[Any]) -> int | None:
         """The number of a call; none where an argument has none or is not understood."""
@@ -106,13 +129,19 @@ class Memo(TorchFunctionMode):
                 return None
         return self._known.setdefault(tuple(key), len(self._known))
 
-    def _store(self, number: int, result: Tensor, tensors: list[Tensor], writes: bool) -> None:
-        if writes:
+    def _store(self, number: int, result: Any, tensors: list[Tensor], writes: bool) -> None:
+        if isinstance(result, (tuple, list)):  # of `chunk`, `topk` and their kind only the parts have numbers
+            for i, part in enumerate(result):
+                if _usable(part) and not any(part is tensor for tensor in tensors):
+                    self._note(part, self._known.setdefault((number, i), len(self._known)))
+        elif not _usable(result):
+            return
+        elif writes:
             self._note(result, number)
         elif not any(result is tensor for tensor in tensors):
             self._note(result, number)
             # A view is computed anew: it has to be one of the caller's own tensor.
-            if not any(_plain(tensor) and _memory(tensor) == _memory(result) for tensor in tensors):
+            if not self.last and not any(_plain(tensor) and _memory(tensor) == _memory(result) for tensor in tensors):
                 self._results[number] = (result, result._version)
                 self._copies.discard(number)
 
@@ -120,16 +149,18 @@ class Memo(TorchFunctionMode):
         result, version = self._results.get(number, (None, None))
         if result is None or result._version != version:
             return None
-        if number in self._copies:
+        if self.last:
+            del self._results[number]
+        if number not in self._copies:
+            self._given.append((TensorWeakRef(result), result._version))
+        elif not self.last:
             result = result.clone()
-        else:
-            self._given.append((result, result._version))
         self._note(result, number)
         return result
 
     def _keep(self, written: Tensor) -> None:
-        """Before a tensor is written into: keep a copy of the result that lies there."""
-        if not _plain(written):
+        """Before a tensor is written into: keep a copy of the result that lies there, if anyone can need it."""
+        if self.last or not _plain(written):
             return
         for number, (result, version) in self._results.items():
             if number not in self._copies and result._version == version and _memory(result) == _memory(written):
@@ -138,12 +169,16 @@ class Memo(TorchFunctionMode):
                 self._copies.add(number)
 
     def _forget(self, tensors: list[Tensor]) -> None:
-        """A function that is not known may keep its arguments and write to them later."""
-        for tensor in tensors:
-            number = self._number(tensor)
-            if number is not None:
-                del self._numbers[id(tensor)]
-                self._results.pop(number, None)
+        """Nothing that lies where these do holds any longer: it may be written to without being counted."""
+        places = {_memory(tensor) for tensor in tensors if _plain(tensor)}
+        for name, (reference, _, _) in list(self._numbers.items()):
+            tensor = reference()
+            if tensor is None or _memory(tensor) in places:
+                del self._numbers[name]
+        for number, (result, _) in list(self._results.items()):
+            if _memory(result) in places:
+                del self._results[number]
+        self._exposed |= any(_memory(tensor) in places for tensor, _ in self._alive())
 
 
 def _flatten(value: Any, parts: list[Any]) -> None:
@@ -153,19 +188,25 @@ def _flatten(value: Any, parts: list[Any]) -> None:
         for each in value:
             _flatten(each, parts)
     elif isinstance(value, dict):
-        for key in sorted(value):
+        parts += (dict, len(value))
+        for key, each in value.items():
             parts.append(key)
-            _flatten(value[key], parts)
+            _flatten(each, parts)
     elif isinstance(value, slice):
         _flatten((slice, value.start, value.stop, value.step), parts)
     else:
         parts.append(value)
 
 
-def _is_pure(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether the function of this name, called like this, gives the same for the same arguments."""
+def _is_pure(func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the function of this name, called like this, gives the same for the same arguments and does no more."""
+    if not getattr(func, "_qualified_op_name", "aten::").startswith("aten::"):  # an operator that others wrote
+        return False
     if name == "scaled_dot_product_attention":
         return len(args) < 5 and kwargs.get("dropout_p", 0.0) == 0
+    if name in ("batch_norm", "instance_norm"):  # with the statistics of the batch they write into the running ones
+        running = kwargs.get("running_mean", args[1] if len(args) > 1 else None)
+        return running is None or not kwargs.get("training", kwargs.get("use_input_stats", True))
     return name in _PURE or (_is_operator(name) and (not _is_random(name) or kwargs.get("training") is False))
 
 
@@ -184,9 +225,30 @@ def _overloads(name: str) -> list[Any]:
     return [] if found is None else [getattr(found, overload) for overload in found.overloads()]
 
 
+def _exposes(name: str, result: Any, tensors: list[Tensor]) -> bool:
+    """Whether a function that is not known may have opened a way to its arguments on which writing is not counted."""
+    if name in _EFFECTS or "data_ptr" in name:
+        return True
+    parts: list[Any] = []
+    _flatten(result, parts)
+    places = {_memory(tensor) for tensor in tensors if _plain(tensor)}
+    return any(
+        # `x.data` lies where x does and is no view of it.
+        _memory(part) in places and not part._is_view() and not any(part is tensor for tensor in tensors)
+        if _plain(part)
+        else type(part) not in _FACTS
+        for part in parts
+    )
+
+
 def _plain(value: Any) -> bool:
     """Whether it is a tensor of torch's own kind, with memory of its own."""
     return type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided
+
+
+def _usable(value: Any) -> bool:
+    """Whether a result can have a number."""
+    return _plain(value) and not value.is_inference()
 
 
 def _memory(tensor: Tensor) -> int:
