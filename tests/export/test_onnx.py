@@ -196,6 +196,38 @@ def test_tasks_with_inputs_of_their_own(tmp_path: Path) -> None:
     assert_same(found, {"c.logits": joint["c"](z).logits, "a.logits": joint["a"](x).logits})
 
 
+class Common(nn.Module):
+    """Outputs that are an input, a weight, a number, and the same for all tasks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.out = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        features = self.first(x).relu()
+        return features, x, self.first.bias, features.mean(), self.out(features)
+
+
+def test_outputs_that_are_common_or_not_computed(tmp_path: Path, caplog: Any) -> None:
+    a, b = made(Common)
+    b.first = a.first
+    joint = tz.ZippedModel({"a": a, "b": b}).eval()
+    path, x = tmp_path / "joint.onnx", torch.randn(3, 4)
+    tz.export_onnx(joint, path, x)
+    assert not [record for record in caplog.records if record.levelno > 20]
+    wanted = {f"{name}.{i}": y for name in joint for i, y in enumerate(joint[name](x))}
+    assert_same(run(path, input=x), wanted)
+    weighs_what_it_should(path, joint)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16])
+def test_other_precisions(tmp_path: Path, kind: torch.dtype) -> None:
+    joint = zipped(made(lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))), torch.randn(20, 4))
+    path, x = tmp_path / "joint.onnx", torch.randn(3, 4).to(kind)
+    tz.export_onnx(joint.to(kind), path, x)
+    assert run(path, input=x)["a"].dtype == kind
+
+
 # --- one clear sentence ---------------------------------------------------------------------------------------------
 
 
@@ -223,11 +255,24 @@ def refused(tmp_path: Path, error: type[Exception], message: str, *args: Any, **
         (tz.ExportError, "task 'a' gives NaN or infinite values", {"example": torch.full((2, 4), torch.nan)}),
         (tz.ExportError, "there is no folder", {"path": "no/such/folder/joint.onnx"}),
         (tz.ExportError, "it is a folder", {"path": "."}),
+        (tz.ExportError, "it is a device and no file", {"path": "/dev/null"}),
+        (tz.ExportError, "File name too long", {"path": "n" * 300}),
+        (tz.InputError, "example is empty: input has no sample", {"example": torch.randn(0, 4)}),
     ],
 )  # fmt: skip
 def test_what_cannot_be(tmp_path: Path, small: Any, error: Any, message: str, options: dict[str, Any]) -> None:
     path = tmp_path / options.pop("path", "joint.onnx")
     refused(tmp_path, error, message, small, path, options.pop("example", torch.randn(2, 4)), **options)
+
+
+def test_a_folder_that_is_not_writable(tmp_path: Path, small: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # to root, which may run the tests, every folder is
+    refused(tmp_path, tz.ExportError, "folder .* is not writable", small, tmp_path / "a.onnx", torch.randn(2, 4))
+
+
+def test_a_network_that_is_not_zipped(tmp_path: Path) -> None:
+    message = "is a joint network, as tz.zip gives it, not a Linear"
+    refused(tmp_path, tz.InputError, message, nn.Linear(4, 2), tmp_path / "a.onnx", torch.randn(2, 4))
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime", "onnxscript"])
@@ -254,6 +299,34 @@ def test_a_network_that_cannot_be_followed(tmp_path: Path) -> None:
     joint = tz.ZippedModel({"good": nn.Linear(4, 2), "bad": Choosing()})
     message = r"task 'bad' cannot be exported: Choosing: .*, at \"if x.sum\(\) > 0:\" \(.*test_onnx.py:\d+\)"
     refused(tmp_path, tz.ExportError, message, joint, tmp_path / "joint.onnx", torch.randn(2, 4))
+
+
+class Unknown(nn.Module):
+    """ONNX has no such function."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + 1
+        return torch.special.bessel_j0(x)
+
+
+class OneSize(nn.Module):
+    """Made for one size of batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(2, 2, 2).sum(1)
+
+
+def test_operators_that_onnx_does_not_have_and_one_size_of_batch(tmp_path: Path) -> None:
+    joint = tz.ZippedModel({"good": nn.Linear(4, 2), "bad": Unknown()})
+    message = (
+        r"task 'bad' cannot be exported: Unknown: No ONNX function found for .*bessel_j0.*, "
+        r"at \"return torch.special.bessel_j0\(x\)\" \(.*test_onnx.py:\d+\)\.$"
+    )
+    refused(tmp_path, tz.ExportError, message, joint, tmp_path / "joint.onnx", torch.randn(2, 4))
+    joint = tz.ZippedModel({"good": nn.Linear(4, 2), "bad": OneSize()})
+    message = "task 'bad' cannot be exported: OneSize: .* For the example's size of batch alone it can: dynamic_batch"
+    refused(tmp_path, tz.ExportError, message, joint, tmp_path / "joint.onnx", torch.randn(2, 4))
+    tz.export_onnx(joint, tmp_path / "joint.onnx", torch.randn(2, 4), dynamic_batch=False)
 
 
 def test_a_file_that_gives_other_outputs(tmp_path: Path, small: Any, monkeypatch: Any) -> None:

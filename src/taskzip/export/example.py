@@ -23,7 +23,7 @@ class Example:
         batches: the name of the first axis of those tensors in which it is the batch.
 
     Raises:
-        InputError: inputs for some of the tasks only, or without a tensor.
+        InputError: inputs for some of the tasks only, or without a tensor or a sample.
     """
 
     def __init__(self, example: Any, tasks: Sequence[str], device: torch.device) -> None:
@@ -38,6 +38,8 @@ class Example:
                 raise InputError(f"example{whose} is a {type(each).__name__} without a tensor to read.")
             self.tensors |= tensors
             samples = next((len(t) for t in tensors.values() if t.dim()), None)
+            if samples == 0:
+                raise InputError(f"example is empty: {next(iter(tensors))} has no sample.")
             batch = f"batch_{task}" if task else "batch"
             self.batches |= {name: batch for name, t in tensors.items() if t.dim() and len(t) == samples}
 

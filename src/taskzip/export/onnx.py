@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from taskzip.errors import ExportError, InputError, place_in_code
+from taskzip.errors import ExportError, InputError, first_line
 from taskzip.export.example import Call, Example
+from taskzip.export.failures import place, reason
 from taskzip.export.outputs import named_tensors
 from taskzip.files import replacing
 from taskzip.observation import evaluating
@@ -21,7 +23,9 @@ from taskzip.task import device_of
 from taskzip.zipped import ZippedModel
 
 TOLERANCE = 1e-4
-"""How far the file's outputs may lie from PyTorch's, relative to the largest output of that name."""
+"""How far the file's outputs may lie from PyTorch's, relative to the largest output of that name.
+
+Numbers of half precision, of which one step is more than this, may be four steps away."""
 
 LARGEST = 2**31 - 2**20
 """Bytes that one ONNX file can hold."""
@@ -46,17 +50,19 @@ def export_onnx(
         example: what the networks read, one input for all tasks: a tensor, a tuple of arguments, or a dict of keyword
             arguments. Or one for each task: a dict whose keys are the names of the exported tasks. The inputs of the
             file are then called "input", "input.0" or as the keyword; or "input.digits", "input.digits.0" and
-            "input.digits.keyword".
-        tasks: which tasks the file holds; default all.
+            "input.digits.keyword". Arguments that are no tensors become part of the file.
+        tasks: which tasks the file holds, and in which order; default all.
         dynamic_batch: whether the file takes batches of any size: all tensors whose first axis is as long as that of
             the first tensor.
 
     Raises:
-        InputError: tasks that the network does not have, or an example that does not fit.
+        InputError: no joint network, tasks that it does not have, or an example that does not fit.
         ExportError: packages that are not installed, a network that cannot be exported, a file that cannot be written,
-            or one that gives other outputs than PyTorch. Nothing is left behind.
+            or one whose outputs differ from PyTorch's by more than `TOLERANCE`. Nothing is left behind.
     """
     _check_installed()
+    if not isinstance(zipped, ZippedModel):
+        raise InputError(f"what is exported is a joint network, as tz.zip gives it, not a {type(zipped).__name__}.")
     target = _writable(path)
     networks = _chosen(zipped, tasks)
     given = Example(example, list(networks), device_of(zipped))
@@ -69,7 +75,7 @@ def export_onnx(
                 _check(part, networks, given, dynamic_batch)
         except OSError as error:
             raise ExportError(
-                f"cannot write {path}: {error.strerror}. Is the folder writable, and has it room?"
+                f"cannot write {path}: {error.strerror or error}. Is the folder writable, and has it room?"
             ) from error
 
 
@@ -85,12 +91,17 @@ def _check_installed() -> None:
 
 
 def _writable(path: str | Path) -> Path:
-    """Where a symbolic link points, instead of replacing the link."""
-    target = Path(path).resolve()
-    if not target.parent.is_dir():
-        raise ExportError(f"cannot write {path}: there is no folder {target.parent}.")
-    if target.is_dir():
-        raise ExportError(f"cannot write {path}: it is a folder.")
+    """Where a symbolic link points, instead of replacing the link; refused before the work and not after it."""
+    try:
+        target = Path(path).resolve()
+        if not target.parent.is_dir():
+            raise ExportError(f"cannot write {path}: there is no folder {target.parent}.")
+        if target.exists() and not target.is_file():
+            raise ExportError(f"cannot write {path}: it is a {'folder' if target.is_dir() else 'device'} and no file.")
+    except (OSError, RuntimeError) as error:  # too long a name; links that lead in a circle
+        raise ExportError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}.") from error
+    if not os.access(target.parent, os.W_OK):
+        raise ExportError(f"cannot write {path}: the folder {target.parent} is not writable.")
     return target
 
 
@@ -131,7 +142,7 @@ def _outputs(networks: dict[str, nn.Module], example: Example, tensors: dict[str
         except Exception as error:  # whatever the network raises
             raise InputError(
                 f"example does not fit task {name!r}: {type(network).__name__} does not take {_shapes(tensors)} "
-                f"({_reason(error)})."
+                f"({first_line(error)})."
             ) from error
         if not given:
             raise ExportError(f"task {name!r} cannot be exported: its output has no tensors.")
@@ -150,12 +161,14 @@ def _outputs(networks: dict[str, nn.Module], example: Example, tensors: dict[str
 def _model(networks: dict[str, nn.Module], example: Example, outputs: list[str], dynamic_batch: bool) -> Any:
     """The graph of all tasks, in which equal parts are one."""
     try:
-        program = _program(networks, example, outputs, dynamic_batch)
+        model = _program(networks, example, outputs, dynamic_batch).model
     except Exception as error:  # torch raises whatever the network raises, and a dozen classes of its own
         raise _explained(error, networks, example, dynamic_batch) from error
-    _unite(program.model)
-    _name_batches(program.model, example.batches)
-    return program.model
+    with _quiet():
+        _unite(model)
+        _name(model, list(example.tensors), outputs)
+    _name_batches(model, example.batches)
+    return model
 
 
 def _program(networks: dict[str, nn.Module], example: Example, outputs: list[str] | None, dynamic_batch: bool) -> Any:
@@ -184,16 +197,17 @@ def _program(networks: dict[str, nn.Module], example: Example, outputs: list[str
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without what the exporter says of packages that nobody asked for, and of its own code."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("torch.onnx", "onnx_ir"))}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", FutureWarning)
-        logger.setLevel(logging.ERROR)
         try:
+            for logger in levels:
+                logger.setLevel(logging.ERROR)
             yield
         finally:
-            logger.setLevel(level)
+            for logger, level in levels.items():
+                logger.setLevel(level)
 
 
 def _unite(model: Any) -> None:
@@ -211,10 +225,20 @@ def _unite(model: Any) -> None:
         passes.CommonSubexpressionEliminationPass(),
         passes.RemoveUnusedNodesPass(),
         passes.OutputFixPass(),
-        passes.NameFixPass(),
         passes.ClearMetadataAndDocStringPass(),
     ):
         each(model)
+
+
+def _name(model: Any, inputs: list[str], outputs: list[str]) -> None:
+    """Call inputs and outputs what they should be: one that is both, or two outputs at once, has lost its name."""
+    import onnx_ir.passes.common as passes
+
+    for value in (node_output for node in model.graph for node_output in node.outputs):
+        value.name = None
+    for value, name in zip([*model.graph.inputs, *model.graph.outputs], [*inputs, *outputs], strict=True):
+        value.name = name
+    passes.NameFixPass()(model)
 
 
 def _name_batches(model: Any, batches: dict[str, str]) -> None:
@@ -233,15 +257,21 @@ def _name_batches(model: Any, batches: dict[str, str]) -> None:
 def _explained(error: Exception, networks: dict[str, nn.Module], example: Example, dynamic_batch: bool) -> ExportError:
     """Which task it is that cannot be exported: the first one that cannot by itself."""
     for name, network in networks.items():
-        try:
-            _program({name: network}, example.only(name), None, dynamic_batch)
-        except Exception as found:  # as above
-            hint = " If it is made for one size of batch: dynamic_batch=False." if dynamic_batch else ""
-            return ExportError(
-                f"task {name!r} cannot be exported: {type(network).__name__}: {_reason(found)}{place_in_code(found)}."
-                f"{hint}"
-            )
-    return ExportError(f"the tasks cannot be exported together, though each can alone: {_reason(error)}.")
+        found = _refusal(network, name, example, dynamic_batch)
+        if found is not None:
+            why = f"task {name!r} cannot be exported: {type(network).__name__}: {reason(found)}{place(found)}."
+            if dynamic_batch and _refusal(network, name, example, dynamic_batch=False) is None:
+                why += " For the example's size of batch alone it can: dynamic_batch=False."
+            return ExportError(why)
+    return ExportError(f"the tasks cannot be exported together, though each can alone: {reason(error)}.")
+
+
+def _refusal(network: nn.Module, name: str, example: Example, dynamic_batch: bool) -> Exception | None:
+    try:
+        _program({name: network}, example.only(name), None, dynamic_batch)
+    except Exception as error:  # as above
+        return error
+    return None
 
 
 def _write(model: Any, path: str | Path, part: Path) -> None:
@@ -264,20 +294,26 @@ def _check(part: Path, networks: dict[str, nn.Module], example: Example, dynamic
     try:
         session = onnxruntime.InferenceSession(part, providers=["CPUExecutionProvider"])
     except Exception as error:  # classes of its own without a common base
-        raise ExportError(f"ONNX Runtime cannot load what was exported: {_reason(error)}.") from error
+        raise ExportError(f"ONNX Runtime cannot load what was exported: {reason(error)}.") from error
     read = {value.name for value in session.get_inputs()}
     for tensors in [example.tensors, *([example.repeated(3)] if dynamic_batch else [])]:
         wanted = _outputs(networks, example, tensors)
-        found = session.run(list(wanted), {name: t.numpy(force=True) for name, t in tensors.items() if name in read})
-        for (name, right), given in zip(wanted.items(), found, strict=True):
-            _compare(name, torch.from_numpy(given), right.cpu())
+        try:
+            given = {name: tensor.numpy(force=True) for name, tensor in tensors.items() if name in read}
+            found = [torch.as_tensor(value) for value in session.run(list(wanted), given)]
+        except Exception as error:  # as above
+            raise ExportError(f"ONNX Runtime cannot run what was exported: {reason(error)}.") from error
+        for (name, right), value in zip(wanted.items(), found, strict=True):
+            _compare(name, value, right.cpu())
 
 
 def _compare(name: str, given: Tensor, right: Tensor) -> None:
     if given.shape != right.shape:
         raise ExportError(f"{name!r} is {list(given.shape)} in the exported file, but {list(right.shape)} in PyTorch.")
+    half = right.dtype.is_floating_point and right.dtype.itemsize < 4
+    tolerance = 4 * torch.finfo(right.dtype).eps if half else TOLERANCE
     given, right = given.double(), right.double()
-    if right.numel() and not (given - right).abs().max() <= TOLERANCE * right.abs().max():
+    if right.numel() and not (given - right).abs().max() <= tolerance * right.abs().max():
         raise ExportError(
             f"{name!r} differs between the exported file and PyTorch by {(given - right).abs().max():.1e}, where the "
             f"largest value is {right.abs().max():.1e}: nothing was written."
@@ -287,8 +323,3 @@ def _compare(name: str, given: Tensor, right: Tensor) -> None:
 def _shapes(tensors: dict[str, Tensor]) -> str:
     kinds = {name: f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for name, t in tensors.items()}
     return ", ".join(f"{name} of {kind}" for name, kind in kinds.items())
-
-
-def _reason(error: Exception) -> str:
-    """The first line of what an error says."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from taskzip.errors import GraphError, place_in_code
+from taskzip.errors import GraphError, first_line, place_in_code
 from taskzip.graph._layers import Reading
 from taskzip.graph._nodes import none_of
 from taskzip.graph._rules import apply_rule
@@ -55,11 +55,10 @@ def _exported(model: nn.Module, batch: Any, forward: Forward) -> Any:
         with torch.no_grad():
             return torch.export.export(_Called(model, forward), (batch,), strict=False)
     except Exception as error:  # torch.export raises whatever the network raises, and a dozen classes of its own
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise GraphError(
             f"{type(model).__name__} cannot be followed by torch.export on a batch of {_shapes(batch)}: "
-            f"{reason[0].rstrip('.')}{place_in_code(error)}. Data-dependent control flow and inputs of the wrong shape "
-            f"are the usual causes."
+            f"{first_line(error)}{place_in_code(error)}. Data-dependent control flow and inputs of the wrong shape are "
+            f"the usual causes."
         ) from error
 
 
