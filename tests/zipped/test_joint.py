@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -421,6 +422,9 @@ def test_exported_and_compiled_graphs_hold_plain_operators() -> None:
     x = small_images()
     program = torch.export.export(joint, (x,), strict=False)
     same(program.module()(x), joint(x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that tracing is deprecated
+        same(torch.jit.trace(joint, x, strict=False)(x), joint(x))
 
 
 def test_compiled_parts_run_as_ever() -> None:

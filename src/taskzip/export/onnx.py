@@ -215,7 +215,8 @@ def _unite(model: Any) -> None:
     import onnx_ir.passes.common as passes
     from onnxscript import optimizer
 
-    weights = set(model.graph.initializers)
+    # Orders of units, which are whole numbers, may be computed with; weights may not, for that would copy them.
+    weights = {name for name, value in model.graph.initializers.items() if not value.dtype.is_integer()}
     optimizer.fold_constants(
         model, should_fold=lambda node: False if any(i is not None and i.name in weights for i in node.inputs) else None
     )
@@ -234,8 +235,11 @@ def _name(model: Any, inputs: list[str], outputs: list[str]) -> None:
     """Call inputs and outputs what they should be: one that is both, or two outputs at once, has lost its name."""
     import onnx_ir.passes.common as passes
 
-    for value in (node_output for node in model.graph for node_output in node.outputs):
+    values = [value for node in model.graph for value in node.outputs]
+    for value in values:
         value.name = None
+    for value in (*values, *model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()  # what torch called it
     for value, name in zip([*model.graph.inputs, *model.graph.outputs], [*inputs, *outputs], strict=True):
         value.name = name
     passes.NameFixPass()(model)
@@ -280,7 +284,12 @@ def _write(model: Any, path: str | Path, part: Path) -> None:
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     if size > LARGEST:
         raise ExportError(f"cannot write {path}: the weights are {size / 2**30:.1f} GiB, and one ONNX file holds 2.")
-    part.write_bytes(onnx_ir.to_proto(model).SerializeToString())
+    proto = onnx_ir.to_proto(model)
+    # Weights say by themselves what type and shape they have.
+    others = [info for info in proto.graph.value_info if info.name not in model.graph.initializers]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(others)
+    part.write_bytes(proto.SerializeToString())
 
 
 def _check(part: Path, networks: dict[str, nn.Module], example: Example, dynamic_batch: bool) -> None:

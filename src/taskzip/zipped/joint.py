@@ -36,7 +36,7 @@ def run_jointly(networks: Mapping[str, nn.Module], args: tuple[Any, ...], kwargs
         InputError: networks that write into their input, and into a result that others have too: they would have to
             run again by themselves, and their input is no more.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or any(map(_runs_alone, networks.values())):
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() or any(map(_runs_alone, networks.values())):
         return _run_apart(networks, args, kwargs)
     every = list(networks.values())
     weights = _shared_weights(every)
