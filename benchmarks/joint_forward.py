@@ -1,9 +1,9 @@
 """How long two networks take as one: per task, and both tasks on one input, in PyTorch and in ONNX Runtime.
 
-`python benchmarks/joint_forward.py` prints a Markdown table for two LeNet-5; `--vgg` adds two narrow VGG-16 without
-batch-norm. All figures are ratios to the original networks in the same run, on one thread: the calls take turns, and
-the medians are compared. The networks are untrained: how fast they run does not depend on what they know. The files
-are exported to a temporary folder.
+`python benchmarks/joint_forward.py` prints a Markdown table for pairs of LeNet-5, VGG-16 of a quarter of the width
+without batch-norm, and ResNet-20 with batch-norm folded in. All figures are ratios to the original networks in the same
+run, on one thread: the calls take turns, and the medians are compared. The networks are untrained: how fast they run
+does not depend on what they know. The files are exported to a temporary folder.
 """
 
 from __future__ import annotations
@@ -14,42 +14,51 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import torch
 from torch import Tensor, nn
 
 import taskzip as tz
-from taskzip.models import VGG16, LeNet5
+from taskzip.models import VGG16, LeNet5, ResNet20
 
 SHARES = (0.5, 0.9, 1.0)
-BATCH = 32
+BATCHES = (1, 32)
 WIDTHS = (16, 16, 32, 32, 64, 64, 64, 128, 128, 128, 128, 128, 128)
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, Any]]] = {
+    "LeNet-5": (LeNet5, (1, 28, 28), {}),
+    "VGG-16 / 4": (lambda: VGG16(10, widths=WIDTHS, hidden=256), (3, 32, 32), {}),
+    "ResNet-20": (ResNet20, (3, 32, 32), {"batch_norm": "fold"}),
+}
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--vgg", action="store_true", help="two VGG-16 of a quarter of the width, 32x32 images, too")
+    parser.add_argument("networks", nargs="*", help=f"default {', '.join(NETWORKS)}")
     parser.add_argument("--runs", type=int, default=50, help="calls of each, default 50")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print("| networks | share | one task | both tasks | one task, ONNX | both tasks, ONNX | size of the file |")
-    print("|---|---|---|---|---|---|---|")
-    rows(f"LeNet-5, batch {BATCH}", LeNet5, (1, 28, 28), options.runs)
-    if options.vgg:
-        rows(f"VGG-16 / 4, batch {BATCH}", lambda: VGG16(10, widths=WIDTHS, hidden=256), (3, 32, 32), options.runs)
+    print("| networks | share | batch | one task | both tasks | one task, ONNX | both tasks, ONNX | size of the file |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name in options.networks or NETWORKS:
+        make, shape, settings = NETWORKS[name]
+        rows(name, make, shape, settings, options.runs)
 
 
-def rows(title: str, make: Callable[[], nn.Module], shape: tuple[int, ...], runs: int) -> None:
-    """A row for each share."""
+def rows(
+    title: str, make: Callable[[], nn.Module], shape: tuple[int, ...], settings: dict[str, Any], runs: int
+) -> None:
+    """A row for each share and size of batch."""
     nets = [make().eval() for _ in range(2)]
-    x = torch.randn(BATCH, *shape)
     for share in SHARES:
         tasks = [tz.Task(name, net, [torch.randn(64, *shape)]) for name, net in zip("ab", nets, strict=True)]
-        zipped = tz.zip(tasks, share=share, compensate=False, progress=False).eval()
-        with tempfile.TemporaryDirectory() as folder:
-            print(f"| {title} | {share} | {cells(zipped, nets, x, runs, Path(folder))} |", flush=True)
+        zipped = tz.zip(tasks, share=share, compensate=False, progress=False, **settings).eval()
+        for batch in BATCHES:
+            with tempfile.TemporaryDirectory() as folder:
+                figures = cells(zipped, nets, torch.randn(batch, *shape), runs, Path(folder))
+            print(f"| {title} | {share} | {batch} | {figures} |", flush=True)
 
 
 def cells(zipped: tz.ZippedModel, nets: list[nn.Module], x: Tensor, runs: int, folder: Path) -> str:

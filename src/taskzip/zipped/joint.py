@@ -36,11 +36,16 @@ def run_jointly(networks: Mapping[str, nn.Module], args: tuple[Any, ...], kwargs
         InputError: networks that write into their input, and into a result that others have too: they would have to
             run again by themselves, and their input is no more.
     """
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() or any(map(_runs_alone, networks.values())):
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state():
         return _run_apart(networks, args, kwargs)
-    every = list(networks.values())
-    weights = _shared_weights(every)
-    held = [*weights, *(buffer for network in every for buffer in network.buffers())]
+    modules = [dict(network.named_modules()) for network in networks.values()]
+    if any(_runs_alone(module) for each in modules for module in each.values()):
+        return _run_apart(networks, args, kwargs)
+    weights = _shared_weights(modules)
+    held = [
+        *weights.values(),
+        *(buffer for each in modules for module in each.values() for buffer in _own(module._buffers)),
+    ]
     if not weights or any(map(_unusual, [*_tensors((args, kwargs)), *held])) or any(t.is_inference() for t in held):
         return _run_apart(networks, args, kwargs)
     grad = torch.is_grad_enabled()
@@ -49,10 +54,10 @@ def run_jointly(networks: Mapping[str, nn.Module], args: tuple[Any, ...], kwargs
         args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, (args, kwargs))
         inputs = _tensors((args, kwargs))
         versions = [tensor._version for tensor in inputs]
-        memo = Memo([*([tensor] for tensor in (*inputs, *weights)), *_equal_buffers(every, weights)])
+        memo = Memo([*([tensor] for tensor in (*inputs, *weights.values())), *_equal_buffers(modules, weights)])
         outputs = {}
         try:
-            for left, (name, network) in zip(reversed(range(len(every))), networks.items(), strict=True):
+            for left, (name, network) in zip(reversed(range(len(networks))), networks.items(), strict=True):
                 memo.last = left == 0
                 outputs[name] = _run(network, memo, args, kwargs)
         except _WrittenInto:
@@ -69,13 +74,12 @@ def _run_apart(networks: Mapping[str, nn.Module], args: tuple[Any, ...], kwargs:
     return {name: network(*args, **kwargs) for name, network in networks.items()}
 
 
-def _runs_alone(network: nn.Module) -> bool:
-    return any(
+def _runs_alone(module: nn.Module) -> bool:
+    return (
         module.training
         or isinstance(module, _SENSITIVE)
         or "_orig_mod" in module._modules  # compiled by torch.compile(module)
         or module._compiled_call_impl is not None  # compiled by module.compile()
-        for module in network.modules()
     )
 
 
@@ -101,30 +105,32 @@ def _run(network: nn.Module, memo: Memo, args: tuple[Any, ...], kwargs: dict[str
     return pytree.tree_unflatten([x.clone() if also else x for x, also in zip(leaves, given, strict=True)], form)
 
 
-def _shared_weights(networks: Sequence[nn.Module]) -> dict[nn.Parameter, None]:
-    """The parameters of several networks, blocks of weights only where all of the weight is shared."""
-    users = Counter(parameter for network in networks for parameter in network.parameters())
-    found: dict[nn.Parameter, None] = {}
-    for module in dict.fromkeys(module for network in networks for module in network.modules()):
-        own = list(module.parameters(recurse=False))
-        shared = [parameter for parameter in own if users[parameter] > 1]
+def _shared_weights(modules: Sequence[Mapping[str, nn.Module]]) -> dict[int, Tensor]:
+    """The parameters of several networks by their ids, blocks of weights only where all of the weight is shared."""
+    users = Counter(
+        i for each in modules for i in {id(p) for module in each.values() for p in _own(module._parameters)}
+    )
+    found: dict[int, Tensor] = {}
+    for module in (module for each in modules for module in each.values()):
+        own = _own(module._parameters)
+        shared = {id(parameter): parameter for parameter in own if users[id(parameter)] > 1}
         if len(shared) == len(own) or not isinstance(module, Blocks):
-            found |= dict.fromkeys(shared)
+            found |= shared
     return found
 
 
-def _equal_buffers(networks: Sequence[nn.Module], weights: Mapping[nn.Parameter, None]) -> Iterator[list[Tensor]]:
+def _equal_buffers(modules: Sequence[Mapping[str, nn.Module]], weights: Mapping[int, Tensor]) -> Iterator[list[Tensor]]:
     """Buffers of one name and the same values, such as the mean of the images.
 
     Those of batch-norm with a scale of its own are left out: nothing that it computes is common.
     """
-    found: dict[str, list[list[Tensor]]] = {}
-    for network in networks:
-        for path, module in network.named_modules():
-            if isinstance(module, _BatchNorm) and module.weight is not None and module.weight not in weights:
-                continue
-            for name, buffer in module.named_buffers(path, recurse=False):
-                groups = found.setdefault(name, [])
+    found: dict[tuple[str, str], list[list[Tensor]]] = {}
+    for path, module in (item for each in modules for item in each.items()):
+        if isinstance(module, _BatchNorm) and module.weight is not None and id(module.weight) not in weights:
+            continue
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                groups = found.setdefault((path, name), [])
                 group = next((each for each in groups if _equal(each[0], buffer)), None)
                 if group is None:
                     groups.append([buffer])
@@ -134,5 +140,10 @@ def _equal_buffers(networks: Sequence[nn.Module], weights: Mapping[nn.Parameter,
         yield from (group for group in groups if len(group) > 1)
 
 
+def _own(tensors: Mapping[str, Tensor | None]) -> list[Tensor]:
+    """Those that a module has, of its parameters or buffers."""
+    return [tensor for tensor in tensors.values() if tensor is not None]
+
+
 def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
+    return one is other or (one.dtype == other.dtype and one.device == other.device and torch.equal(one, other))

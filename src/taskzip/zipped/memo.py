@@ -19,6 +19,7 @@ from torch.utils.weak import TensorWeakRef
 
 _SETTINGS = {bool, int, str, type, type(None), type(...), torch.Size}
 _SETTINGS |= {torch.dtype, torch.device, torch.memory_format, torch.layout}
+_SIMPLE = {bool, int, float, str, type(None), Tensor, nn.Parameter}
 _FACTS = (_SETTINGS | {float, complex}) - {type(None)}
 # Known by other names than those of their operators.
 _PURE = {"interpolate", "normalize", "float", "half", "double", "local_response_norm", "grid_sample", "fold"}
@@ -181,21 +182,22 @@ class Memo(TorchFunctionMode):
         self._exposed |= any(_memory(tensor) in places for tensor, _ in self._alive())
 
 
-def _flatten(value: Any, parts: list[Any]) -> None:
+def _flatten(values: Iterable[Any], parts: list[Any]) -> None:
     """Everything inside lists, tuples, dicts and slices, with their types and lengths."""
-    if isinstance(value, (list, tuple)):
-        parts += (type(value), len(value))
-        for each in value:
-            _flatten(each, parts)
-    elif isinstance(value, dict):
-        parts += (dict, len(value))
-        for key, each in value.items():
-            parts.append(key)
-            _flatten(each, parts)
-    elif isinstance(value, slice):
-        _flatten((slice, value.start, value.stop, value.step), parts)
-    else:
-        parts.append(value)
+    for value in values:
+        if type(value) in _SIMPLE:
+            parts.append(value)
+        elif isinstance(value, (list, tuple)):
+            parts += (type(value), len(value))
+            _flatten(value, parts)
+        elif isinstance(value, dict):
+            parts += (dict, len(value))
+            _flatten((each for item in value.items() for each in item), parts)
+        elif isinstance(value, slice):
+            parts.append(slice)
+            _flatten((value.start, value.stop, value.step), parts)
+        else:
+            parts.append(value)
 
 
 def _is_pure(func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -230,7 +232,7 @@ def _exposes(name: str, result: Any, tensors: list[Tensor]) -> bool:
     if name in _EFFECTS or "data_ptr" in name:
         return True
     parts: list[Any] = []
-    _flatten(result, parts)
+    _flatten([result], parts)
     places = {_memory(tensor) for tensor in tensors if _plain(tensor)}
     return any(
         # `x.data` lies where x does and is no view of it.
