@@ -2,8 +2,9 @@
 
 `python benchmarks/joint_forward.py` prints a Markdown table for pairs of LeNet-5, VGG-16 of a quarter of the width
 without batch-norm, and ResNet-20 with batch-norm folded in. All figures are ratios to the original networks in the same
-run, on one thread: the calls take turns, and the medians are compared. The networks are untrained: how fast they run
-does not depend on what they know. The files are exported to a temporary folder.
+run: the calls take turns, on one thread, and the medians of their CPU time are compared, in which other work on the
+machine counts little. The networks are untrained: how fast they run does not depend on what they know. The files are
+exported to a temporary folder.
 """
 
 from __future__ import annotations
@@ -102,14 +103,14 @@ def running(path: Path, x: Tensor) -> Callable[[], object]:
 
 
 def medians(calls: dict[str, Callable[[], object]], runs: int) -> dict[str, float]:
-    """Median seconds of each, in turns so that what else the machine does meets all of them."""
+    """Median CPU seconds of each, in turns so that what else the machine does meets all of them."""
     took: dict[str, list[float]] = {name: [] for name in calls}
     for run in range(runs + 1):
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = time.process_time()
             call()
             if run:  # the first call warms up
-                took[name].append(time.perf_counter() - start)
+                took[name].append(time.process_time() - start)
     return {name: statistics.median(each) for name, each in took.items()}
 
 
