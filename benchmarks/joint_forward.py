@@ -53,23 +53,27 @@ def rows(
 ) -> None:
     """A row for each share and size of batch."""
     nets = [make().eval() for _ in range(2)]
-    for share in SHARES:
-        tasks = [tz.Task(name, net, [torch.randn(64, *shape)]) for name, net in zip("ab", nets, strict=True)]
-        zipped = tz.zip(tasks, share=share, compensate=False, progress=False, **settings).eval()
-        for batch in BATCHES:
-            with tempfile.TemporaryDirectory() as folder:
-                figures = cells(zipped, nets, torch.randn(batch, *shape), runs, Path(folder))
-            print(f"| {title} | {share} | {batch} | {figures} |", flush=True)
-
-
-def cells(zipped: tz.ZippedModel, nets: list[nn.Module], x: Tensor, runs: int, folder: Path) -> str:
-    """Times of the joint network relative to those of the originals, and its size in bytes relative to theirs."""
+    example = torch.randn(1, *shape)
     originals = tz.ZippedModel(dict(zip("ab", nets, strict=True)))
-    files = {"a": folder / "a.onnx", "b": folder / "b.onnx", "joint": folder / "joint.onnx", "task": folder / "t.onnx"}
-    for name in "ab":
-        tz.export_onnx(originals, files[name], x[:1], tasks=[name])
-    tz.export_onnx(zipped, files["joint"], x[:1])
-    tz.export_onnx(zipped, files["task"], x[:1], tasks=["a"])
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: Path(folder) / f"{name}.onnx" for name in ("a", "b", "task", "joint")}
+        for name in "ab":
+            tz.export_onnx(originals, files[name], example, tasks=[name])
+        for share in SHARES:
+            tasks = [tz.Task(name, net, [torch.randn(64, *shape)]) for name, net in zip("ab", nets, strict=True)]
+            zipped = tz.zip(tasks, share=share, compensate=False, progress=False, **settings).eval()
+            tz.export_onnx(zipped, files["task"], example, tasks=["a"])
+            tz.export_onnx(zipped, files["joint"], example)
+            size = files["joint"].stat().st_size / sum(files[name].stat().st_size for name in "ab")
+            for batch in BATCHES:
+                ratios = [*compared(zipped, nets, files, torch.randn(batch, *shape), runs), size]
+                print(f"| {title} | {share} | {batch} | {' | '.join(f'{r:.2f}' for r in ratios)} |", flush=True)
+
+
+def compared(
+    zipped: tz.ZippedModel, nets: list[nn.Module], files: dict[str, Path], x: Tensor, runs: int
+) -> list[float]:
+    """Times of one task and of both, in PyTorch and in ONNX Runtime, relative to those of the original networks."""
     onnx = {name: running(path, x) for name, path in files.items()}
     with torch.no_grad():
         took = medians(
@@ -85,13 +89,11 @@ def cells(zipped: tz.ZippedModel, nets: list[nn.Module], x: Tensor, runs: int, f
             },
             runs,
         )
-    ratios = [
+    return [
         took[f"{kind}{what}"] / took[f"{kind}original{'s' * (what == 'joint')}"]
         for kind in ("", "onnx ")
         for what in ("task", "joint")
     ]
-    size = files["joint"].stat().st_size / sum(files[name].stat().st_size for name in "ab")
-    return " | ".join(f"{ratio:.2f}" for ratio in [*ratios, size])
 
 
 def running(path: Path, x: Tensor) -> Callable[[], object]:
