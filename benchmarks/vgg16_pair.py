@@ -44,6 +44,8 @@ class Stopwatch:
         self.layer = ""
         self.start, self.cpu = time.perf_counter(), time.process_time()
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.running: list[float] = []
+        """Per step that has begun, the seconds that steps within it took: they count as theirs."""
         print(
             f"{'layer':<16}"
             + "".join(f"{step:>11}" for step in (*STEPS.values(), "other", "total", "cpu"))
@@ -56,13 +58,17 @@ class Stopwatch:
         function = getattr(module, name)
 
         def timed(*args, **kwargs):
-            if name == "observe":
+            if name == "observe" and not self.running:
                 self.begin(args[1].name)
             start = time.perf_counter()
+            self.running.append(0.0)
             try:
                 return function(*args, **kwargs)
             finally:
-                self.seconds[STEPS[name]] += time.perf_counter() - start
+                whole = time.perf_counter() - start
+                self.seconds[STEPS[name]] += whole - self.running.pop()
+                if self.running:
+                    self.running[-1] += whole
 
         setattr(module, name, timed)
 

@@ -23,13 +23,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "taskzip's default": {},
 }
 UNITS = {"fc1": 300, "fc2": 100}
-IMAGES = 10_000
-"""For calibration, of the 60,000 training images."""
-
 _TITLES = {"fc1": "(a) first layer", "fc2": "(b) second layer, the first fully shared"}
 
 
-def run(shelf: Shelf, out: Path, every: int = 10) -> str:
+def run(shelf: Shelf, out: Path, every: int = 1) -> str:
     """Write fig2.csv and fig2.png, with a point for every so many units of the first layer, half as many of the second.
 
     Args:
@@ -45,7 +42,7 @@ def run(shelf: Shelf, out: Path, every: int = 10) -> str:
         OSError: a file cannot be written.
     """
     pair = Pair((shelf.trained("lenet300", "mnist", 0), shelf.trained("lenet300", "mnist", 1)), ("mnist", "mnist"))
-    tasks = pair.calibration(seed=0, images=IMAGES)
+    tasks = pair.calibration(seed=0)
     results = Results(out / "fig2.csv", ["layer", "shared", "method"], ["error_a", "error_b"])
     for layer, shared in counts(every):
         share = {"fc1": shared} if layer == "fc1" else {"fc1": UNITS["fc1"], "fc2": shared}

@@ -43,11 +43,10 @@ class Pair:
         """Test images and labels of each."""
         return [READ[dataset](split="test") for dataset in self.datasets]
 
-    def calibration(self, seed: int, images: int = IMAGES) -> list[tz.Task]:
+    def calibration(self, seed: int) -> list[tz.Task]:
         """The tasks with some training images."""
-        chosen = torch.randperm(min(len(x) for x, _ in self.train), generator=torch.Generator().manual_seed(seed))[
-            :images
-        ]
+        fewest = min(len(x) for x, _ in self.train)
+        chosen = torch.randperm(fewest, generator=torch.Generator().manual_seed(seed))[:IMAGES]
         data = [batches(x[chosen], y[chosen], size=500) for x, y in self.train]
         return [tz.Task(name, net, each) for name, net, each in zip("AB", self.networks, data, strict=True)]
 
