@@ -1,6 +1,7 @@
 """taskzip: merge trained networks, after training, into one network that does every task (Multi-Task Zipping)."""
 
-from taskzip.errors import CheckpointError, GraphError, InputError, TaskzipError
+from taskzip.errors import CheckpointError, ExportError, GraphError, InputError, TaskzipError
+from taskzip.export import export_onnx
 from taskzip.inspection import inspect
 from taskzip.plan import Budget, MaxDrop, Threshold
 from taskzip.pruning import prune
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Budget",
     "CheckpointError",
+    "ExportError",
     "GraphError",
     "InputError",
     "MaxDrop",
@@ -23,6 +25,7 @@ __all__ = [
     "Threshold",
     "ZippedModel",
     "__version__",
+    "export_onnx",
     "inspect",
     "load",
     "prune",
