@@ -55,6 +55,8 @@ class Pair:
     ) -> tz.ZippedModel:
         """A copy, retrained lightly on all training images."""
         zipped = copy.deepcopy(zipped)
+        for network in (zipped, *self.networks):  # convolutions train faster on a CPU in this format
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         data = [batches(*each, size=BATCH, shuffle=True) for each in self.train]
         tasks = [tz.Task(name, net, each) for name, net, each in zip("AB", self.networks, data, strict=True)]
         tz.retrain(zipped, tasks, steps, loss=loss, progress=False, seed=seed)
