@@ -144,7 +144,9 @@ def _once(zipped: ZippedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _structure_of(network: nn.Module) -> dict[str, Any]:
     """Which parameters are blocks, and the dense shapes of everything, by the names of the original architecture."""
     blocks, original = installed(network), original_class(network)
-    shapes = {k: shape for k, shape in _shapes(network).items() if "_blocks." not in k}
+    inside = {id(p) for b in blocks.values() for p in b.parameters()}
+    tensors = network.state_dict(keep_vars=True)
+    shapes = {k: shape for k, shape in _shapes(network).items() if id(tensors[k]) not in inside}
     shapes |= {name: list(spec_of(block).dense_shape) for name, block in blocks.items()}
     return {
         "class": f"{original.__module__}.{original.__qualname__}",
