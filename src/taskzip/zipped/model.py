@@ -96,7 +96,12 @@ class ZippedModel(nn.Module):
         return network
 
     def summary(self) -> str:
-        """A table for people, at most 100 columns: per layer units, shared units, cost, parameters before and after."""
+        """Tables for people, at most 100 columns.
+
+        Per layer: units, shared units, cost, parameters before and after. Per task, for all apart, and together: FLOPs
+        of one sample's forward pass (a multiply-add is 2, as `torch.utils.flop_counter` counts), which were counted on
+        the calibration data when the networks were zipped, and bytes of parameters and buffers.
+        """
         from taskzip.zipped.summary import summary_table
 
         return summary_table(self)
