@@ -2,11 +2,12 @@
 
 from taskzip.errors import CheckpointError, GraphError, InputError, TaskzipError
 from taskzip.inspection import inspect
+from taskzip.measuring import measure
 from taskzip.plan import Budget, MaxDrop, Threshold
 from taskzip.pruning import prune
 from taskzip.retraining import Retraining, retrain
 from taskzip.task import Task
-from taskzip.zipped import ZippedModel, load
+from taskzip.zipped import ZippedModel, from_pretrained, load
 from taskzip.zipping import zip_tasks as zip
 
 __version__ = "0.1.0"
@@ -23,8 +24,10 @@ __all__ = [
     "Threshold",
     "ZippedModel",
     "__version__",
+    "from_pretrained",
     "inspect",
     "load",
+    "measure",
     "prune",
     "retrain",
     "zip",

@@ -25,8 +25,13 @@ FORMAT = 2
 _KEY = "taskzip"
 
 
-def save(zipped: ZippedModel, path: str | Path) -> None:
+def save(zipped: ZippedModel, path: str | Path, called: str | Path | None = None) -> None:
     """Write a joint network to one file, all or nothing.
+
+    Args:
+        zipped: the joint network.
+        path: the file.
+        called: what errors call it, if not by its path.
 
     Raises:
         CheckpointError: the file cannot be written; whatever stood at `path` before still stands.
@@ -53,7 +58,7 @@ def save(zipped: ZippedModel, path: str | Path) -> None:
         os.replace(part, target)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"cannot write {path}: {_reason(error)}. Is the folder writable, and has it room?"
+            f"cannot write {called or path}: {_reason(error)}. Is the folder writable, and has it room?"
         ) from error
     finally:
         with suppress(OSError):

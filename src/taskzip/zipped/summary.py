@@ -29,7 +29,7 @@ def summary_table(zipped: ZippedModel) -> str:
         ("shared", ""),
         ("cost", ""),
         ("before", f"{before:,}"),
-        ("after", _part(after, before)),
+        ("after", _amount(after, before)),
     )
     for title, footer in columns:
         left = title == "layer"
@@ -51,9 +51,10 @@ def summary_table(zipped: ZippedModel) -> str:
         notes.insert(
             0, _wrapped(f"{apart:,} connections apart, {zipped.connection_count():,} together (weights not 0).")
         )
+    notes[:0] = [_wrapped(_measured(step["measured"])) for step in zipped.history.later[-1:] if "measured" in step]
     search = zipped.history.settings.get("search")
     if search:
-        notes.insert(0, _wrapped(_certificate(search)))
+        notes.insert(0, _wrapped(certificate(search)))
     head = _wrapped(f"{' + '.join(zipped)}: {before:,} parameters apart, {after:,} together")
     return "\n".join([head, *lines, *_costs(zipped), *notes])
 
@@ -73,15 +74,20 @@ def _costs(zipped: ZippedModel) -> list[str]:
         table.add_column(title, justify="right", no_wrap=True)
     for index, name in enumerate([*zipped, "all, apart"]):
         table.add_row(name, *(f"{numbers[index]:,}" for _, numbers, _ in columns))
-    table.add_row("all, together", *(_part(together, numbers[-1]) for _, numbers, together in columns))
+    table.add_row("all, together", *(_amount(together, numbers[-1]) for _, numbers, together in columns))
     if not flops:
         return _lines(table)
     of = "each on its own input" if flops["together"] is None else "of zipped(x), one input for all tasks"
     return [*_lines(table), _wrapped(f"FLOPs for one sample, a multiply-add is 2; together: {of}.")]
 
 
-def _part(amount: int, whole: int) -> str:
-    return f"{amount:,} ({amount / whole:.0%})" if whole else "0"
+def _amount(amount: int, whole: int) -> str:
+    return f"{amount:,} ({part_of(amount, whole)})" if whole else "0"
+
+
+def part_of(amount: int, whole: int) -> str:
+    """In percent."""
+    return f"{amount / whole:.0%}" if whole else "0%"
 
 
 def _lines(table: Table) -> list[str]:
@@ -90,7 +96,7 @@ def _lines(table: Table) -> list[str]:
     return [line.rstrip() for line in out.getvalue().splitlines() if line.strip()]
 
 
-def _certificate(search: Mapping[str, Any]) -> str:
+def certificate(search: Mapping[str, Any]) -> str:
     """What the share plan was searched for, and what was measured."""
     if "budget" in search:
         return f"Budget({search['budget']}): {search['parameters']:,} of at most {search['most']:,} parameters."
@@ -101,6 +107,15 @@ def _certificate(search: Mapping[str, Any]) -> str:
     )
     sure = f"{search['confidence']:.0%} sure"
     return f"MaxDrop({search['max_drop']:g}), {sure}, {search['evaluations']} evaluations: {measured}."
+
+
+def _measured(measured: Mapping[str, Any]) -> str:
+    """What `measure` found; it is said as long as nothing was done to the network since."""
+    found = (
+        f"{name} {m['before']:.2f} to {m['after']:.2f} ({m['metric']}; {m['samples']:,} samples)"
+        for name, m in measured.items()
+    )
+    return f"Measured on held-out data: {', '.join(found)}."
 
 
 def _wrapped(text: str) -> str:
