@@ -65,6 +65,25 @@ def test_together_is_what_the_forward_of_the_joint_network_takes(monkeypatch: py
     assert flops(zipped)["together"] == 2 * (6 * 8 + 8 * 7 + 7 * 3 + 7 * 4)
 
 
+def test_a_common_trunk_counts_once():
+    pytest.importorskip("taskzip.zipped.joint")
+    zipped = zipped_pair([conv_net(3), conv_net(5)], [torch.randn(16, 2, 8, 8)] * 2, 1.0)
+    assert flops(zipped)["together"] == 2 * (64 * 4 * (2 * 9) + 9 * 6 * (4 * 9) + 54 * 3 + 54 * 5)
+
+
+def test_networks_for_batches_of_one_size():
+    class Sized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden, self.out = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.hidden(x.reshape(32, 6)).relu())
+
+    zipped = zipped_pair([Sized(), Sized()], [torch.randn(32, 6)] * 2, 0.0)
+    assert flops(zipped) == {"tasks": dict.fromkeys("ab", 2 * (48 + 24)), "together": 4 * (48 + 24)}
+
+
 def test_tasks_with_other_inputs_have_none_together():
     zipped = zipped_pair([perceptron(3), perceptron(3, 5)], [torch.randn(32, 6), torch.randn(32, 5)], 0.5)
     assert flops(zipped)["together"] is None
@@ -76,7 +95,7 @@ def test_inputs_that_only_look_alike_have_none_together():
     def words(vocabulary: int) -> nn.Module:
         return nn.Sequential(nn.Embedding(vocabulary, 6), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
 
-    data = [torch.arange(9).reshape(3, 3), torch.arange(4).reshape(2, 2).repeat(1, 2)[:, :3]]
+    data = [torch.arange(9).reshape(3, 3).flip(0), torch.arange(4).reshape(2, 2).repeat(1, 2)[:, :3]]
     zipped = zipped_pair([words(9), words(4)], data, 0.5)
     assert flops(zipped) == {"tasks": dict.fromkeys("ab", 2 * 3 * (6 * 8 + 8 * 2)), "together": None}
 
@@ -99,26 +118,37 @@ def test_they_survive_saving(tmp_path: Path):
 
 def test_attention_counts_whatever_kernel_runs_it():
     query = torch.randn(2, 4, 5, 8)
-    assert count_flops(lambda: F.scaled_dot_product_attention(query, query, query)) == 2 * 2 * (2 * 4 * 5 * 5 * 8)
+    assert count_flops(nn.Identity(), lambda: F.scaled_dot_product_attention(query, query, query)) == 2 * 2 * (
+        2 * 4 * 5 * 5 * 8
+    )
     layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval()
     tokens = 2 * 5
     by_hand = tokens * 16 * 48 + 2 * (2 * 4 * 5 * 5 * 4) + tokens * 16 * 16 + 2 * (tokens * 16 * 32)
-    with torch.no_grad():
-        assert count_flops(lambda: layer(torch.randn(2, 5, 16))) == 2 * by_hand
+    assert count_flops(layer, lambda: layer(torch.randn(2, 5, 16))) == 2 * by_hand
 
 
 def test_recurrent_layers_count():
     layer = nn.LSTM(8, 6).eval()
-    with torch.no_grad():
-        assert count_flops(lambda: layer(torch.randn(3, 2, 8))) == 2 * 3 * 2 * (8 + 6) * 4 * 6
+    assert count_flops(layer, lambda: layer(torch.randn(3, 2, 8))) == 2 * 3 * 2 * (8 + 6) * 4 * 6
 
 
-def test_counting_leaves_the_kernels_as_they_were():
+def test_counting_leaves_everything_as_it_was():
+    def state() -> list[object]:
+        grads = [p.requires_grad for p in network.parameters()]
+        kernels = [
+            torch.backends.mkldnn.enabled,
+            torch.backends.cudnn.enabled,
+            torch.backends.mha.get_fastpath_enabled(),
+        ]
+        return [grads, kernels, network.training, torch.is_grad_enabled()]
+
     def failing() -> None:
+        assert not any(p.requires_grad for p in network.parameters())
         raise RuntimeError
 
-    before = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled
+    network = perceptron(3).train()
+    network[0].weight.requires_grad = False
+    before = state()
     with pytest.raises(RuntimeError):
-        count_flops(failing)
-    after = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled
-    assert after == before
+        count_flops(network, failing)
+    assert state() == before

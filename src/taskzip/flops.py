@@ -11,34 +11,47 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from taskzip.observation import evaluating, run_batch
-from taskzip.task import Batch, Task, call, samples_in
+from taskzip.observation import evaluating
+from taskzip.task import Batch, Task, call, input_tensors
 from taskzip.zipped import ZippedModel
 
 
-def count_flops(run: Callable[[], Any]) -> int:
-    """FLOPs of whatever `run` computes."""
-    with _in_countable_steps(), FlopCounterMode(display=False) as counter:
+def count_flops(network: nn.Module, run: Callable[[], Any]) -> int:
+    """FLOPs of whatever `run` computes with the network, in eval mode."""
+    with evaluating(network), _frozen(network), _in_countable_steps(), FlopCounterMode(display=False) as counter:
         run()
     return int(counter.get_total_flops())
 
 
+def flops_per_sample(network: nn.Module, batch: Batch, run: Callable[[Batch], Any]) -> int:
+    """FLOPs of one sample's forward pass: of the batch's first one, or the mean where only whole batches run."""
+    try:
+        return count_flops(
+            network, partial(run, pytree.tree_map_only(Tensor, lambda t: t[:1] if t.dim() else t, batch))
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # whatever a network raises that is made for batches of one size
+        samples = next((len(tensor) for tensor in input_tensors(batch) if tensor.dim()), 1)
+        return round(count_flops(network, partial(run, batch)) / max(samples, 1))
+
+
 def record_flops(zipped: ZippedModel, tasks: Sequence[Task]) -> None:
-    """Count the FLOPs for one sample, on the first batch of each task, and write them into the network's history.
+    """Count the FLOPs for one sample of each task's data, and write them into the network's history.
 
     "tasks" holds those of each task by itself; "together" those of `zipped(x)`, one input for all tasks, or None where
     the tasks do not take the same inputs.
     """
     batches = [next(task.batches()) for task in tasks]
-    each = {}
-    for task, batch in zip(tasks, batches, strict=True):
-        with evaluating(zipped[task.name]):
-            each[task.name] = _per_sample(batch, partial(run_batch, task, zipped[task.name], batch, 0))
+    each = {
+        task.name: flops_per_sample(zipped[task.name], batch, partial(task.run, zipped[task.name]))
+        for task, batch in zip(tasks, batches, strict=True)
+    }
     alike = not any(task.forward for task in tasks) and all(_form(batch) == _form(batches[0]) for batch in batches)
     together = _together(zipped, batches[0]) if alike else None
     zipped.history.settings["flops"] = {"tasks": each, "together": together}
@@ -46,16 +59,11 @@ def record_flops(zipped: ZippedModel, tasks: Sequence[Task]) -> None:
 
 def _together(zipped: ZippedModel, batch: Batch) -> int | None:
     try:
-        with evaluating(zipped):
-            return _per_sample(batch, partial(call, zipped, batch))
+        return flops_per_sample(zipped, batch, partial(call, zipped))
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError, IndexError):  # a word of one task is none of the other's vocabulary
         return None
-
-
-def _per_sample(batch: Batch, run: Callable[[], Any]) -> int:
-    return round(count_flops(run) / samples_in(batch))
 
 
 def _form(batch: Batch) -> Any:
@@ -63,6 +71,19 @@ def _form(batch: Batch) -> Any:
     inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
     leaves, tree = pytree.tree_flatten(inputs)
     return tree, [(x.shape[1:], x.dtype) if isinstance(x, Tensor) else type(x) for x in leaves]
+
+
+@contextmanager
+def _frozen(network: nn.Module) -> Iterator[None]:
+    """Without gradients of parameters: torch's counter hangs hooks on those, which keeps them from being common."""
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad = False
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad = True
 
 
 @contextmanager

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from taskzip.errors import InputError
-from taskzip.flops import count_flops
+from taskzip.flops import flops_per_sample
 from taskzip.graph import Structure, analyse
 from taskzip.observation import evaluating
 from taskzip.task import call, input_tensors
@@ -46,21 +47,15 @@ def inspect(model: nn.Module, example_input: Any) -> Inspection:
     """
     with evaluating(model):
         found = analyse(model, example_input, call)
-        flops = round(_flops(model, example_input) / max(_samples(example_input), 1))
-    return Inspection(found.layers, found.spaces, found.axes, flops, bytes_together(model))
+    return Inspection(found.layers, found.spaces, found.axes, _flops(model, example_input), bytes_together(model))
 
 
 def _flops(model: nn.Module, example_input: Any) -> int:
     try:
-        return count_flops(lambda: call(model, example_input))
+        return flops_per_sample(model, example_input, partial(call, model))
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError, IndexError) as error:  # what torch.export sees are shapes, not values
         shapes = ", ".join(str(tuple(t.shape)) for t in input_tensors(example_input))
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"{type(model).__name__} fails on inputs {shapes}: {reason}") from error
-
-
-def _samples(example_input: Any) -> int:
-    """The length of the first input that has an axis; 1 without any."""
-    return next((len(tensor) for tensor in input_tensors(example_input) if tensor.dim()), 1)

@@ -64,7 +64,9 @@ def _flops_together(flops: Mapping[str, Any] | None) -> str:
     if not flops:
         return "not counted"
     together, apart = flops["together"], sum(flops["tasks"].values())
-    return "each on its own input" if together is None else f"{together:,} ({part_of(together, apart)}), one input for all"
+    return (
+        "each on its own input" if together is None else f"{together:,} ({part_of(together, apart)}), one input for all"
+    )
 
 
 def _cost(zipped: ZippedModel) -> str:
