@@ -38,7 +38,7 @@ def filling(folder: Path) -> Iterator[Path]:
     try:
         yield part
         if exists:
-            for file in part.iterdir():
+            for file in list(part.iterdir()):
                 os.replace(file, folder / file.name)
         else:
             os.rename(part, folder)
