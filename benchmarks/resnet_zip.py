@@ -30,7 +30,8 @@ from taskzip.zipped.model import History
 IMAGES, STEPS, BATCH, STEP_SIZE = 500, 300, 32, 1e-3
 RESULTS = Path(__file__).resolve().parents[1] / "runs"
 
-ROWS: list[tuple[str, dict[str, Any]]] = [
+Row = tuple[str, dict[str, Any]]
+ROWS: list[Row] = [
     *((f"coupled, {share:.0%}", {"share": share}) for share in (1.0, 0.9, 0.5)),
     *((f"independent, {share:.0%}", {"share": share, "residual": "independent"}) for share in (1.0, 0.9, 0.5)),
     *((f"random pairs, {share:.0%}", {"share": share, "matching": "random"}) for share in (1.0, 0.9, 0.5)),
@@ -75,16 +76,23 @@ def fast(images: Tensor) -> Tensor:
 def main(wanted: Sequence[str]) -> None:
     """Run the tables that are wanted, or all."""
     if not wanted or "garment" in wanted:
-        table("garment", [Trained("digit", 0), Trained("garment", 0)], ROWS)
+        table("garment", [Trained("digit", 0), Trained("garment", 0)], with_ridge(ROWS))
     if not wanted or "digits" in wanted:
-        table("digits", [Trained("digit", 0), Trained("digit", 1)], ROWS[:3])
+        table("digits", [Trained("digit", 0), Trained("digit", 1)], with_ridge(ROWS[:3]))
     for title in ("five", "wide"):
         if not wanted or title in wanted:
             tasks: list[ResNetTask] = ["digit", "garment", "digit-turn", "garment-turn", "kind"]
-            table(title, [Trained(task, 0, wide=title == "wide") for task in tasks], [ROWS[1], ROWS[4], ROWS[0]])
+            rows = [ROWS[1], ROWS[4], ROWS[0]]
+            wide = title == "wide"
+            table(title, [Trained(task, 0, wide=wide) for task in tasks], rows if wide else with_ridge(rows))
 
 
-def table(title: str, trained: Sequence[Trained], rows: Sequence[tuple[str, dict[str, Any]]]) -> None:
+def with_ridge(rows: Sequence[Row]) -> list[Row]:
+    """ResNet-20 was measured with this ridge; on 4,000 training images 0.1, the default, did alike at 90%."""
+    return [(name, {"ridge": 1e-3, **options}) for name, options in rows]
+
+
+def table(title: str, trained: Sequence[Trained], rows: Sequence[Row]) -> None:
     """Print one table: errors before, after zipping and after light retraining."""
     columns = ["parameters", "seconds", *(f"{each.name}, {n} steps" for n in (0, STEPS) for each in trained)]
     results = Results(RESULTS / f"resnet-{title}.csv", ["method"], columns)

@@ -66,7 +66,6 @@ def test_together_is_what_the_forward_of_the_joint_network_takes(monkeypatch: py
 
 
 def test_a_common_trunk_counts_once():
-    pytest.importorskip("taskzip.zipped.joint")
     zipped = zipped_pair([conv_net(3), conv_net(5)], [torch.randn(16, 2, 8, 8)] * 2, 1.0)
     assert flops(zipped)["together"] == 2 * (64 * 4 * (2 * 9) + 9 * 6 * (4 * 9) + 54 * 3 + 54 * 5)
 

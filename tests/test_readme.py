@@ -1,6 +1,8 @@
 """What the README shows works: its Python example runs, its pictures and pages exist, its commands are real."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,11 +21,15 @@ def test_there_is_one_example():
 
 
 def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    pytest.importorskip("sklearn")
+    for package in ("sklearn", "onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     exec(compile(EXAMPLES[0], "README.md", "exec"), {"__name__": "readme"})
     assert "parameters apart" in capsys.readouterr().out
-    assert [path.name for path in tmp_path.iterdir()] == ["joint.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["joint.onnx", "joint.safetensors"]
+    command = re.search(r'^python -c "(.*?)"$', README, re.DOTALL | re.MULTILINE)
+    assert command
+    subprocess.run([sys.executable, "-c", command[1].replace("\\\n", "")], cwd=tmp_path, check=True)
 
 
 @pytest.mark.parametrize("target", re.findall(r"\]\((?!http)([^)#]+)", PROSE))

@@ -163,7 +163,7 @@ def zip_twin(
     compensate: bool,
     balance: float = 0.5,
     damping: float = 1e-2,
-    ridge: float = 1e-3,
+    ridge: float = 0.1,
     threshold: float | None = None,
 ) -> Result:
     """Zip two networks.

@@ -44,7 +44,7 @@ def zip_tasks(
     batch_norm: Norms = "private",
     layers: Layers | None = None,
     damping: float = 1e-2,
-    ridge: float = 1e-3,
+    ridge: float = 0.1,
     max_rows: MaxRows = "auto",
     retrain: int | Mapping[str, int] | Retraining | None = None,
     progress: bool = True,
@@ -87,6 +87,7 @@ def zip_tasks(
             A layer without a partner stays private.
         damping: added to each curvature, relative to the mean of its diagonal.
         ridge: strength with which compensation holds on to the present weights, relative to the inputs' mean square.
+            Less gives a slightly better start, and larger weights, which retrain worse.
         max_rows: how many rows (samples times output positions) a layer's curvature is summed over: a number, "auto"
             (50 per column), or None for all.
         retrain: steps of light retraining after each layer that shares anything (line 10 of Algorithm 1): a number, a

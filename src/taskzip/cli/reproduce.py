@@ -25,7 +25,9 @@ HERE = Path("runs/reproduce")
 def fig2_command(
     context: typer.Context,
     out: Out = HERE,
-    every: Annotated[int, typer.Option(min=1, max=300, help="Units of the first layer from point to point.")] = 1,
+    every: Annotated[
+        int, typer.Option(min=1, max=300, help="Units of the first layer from point to point; 1 for all.")
+    ] = 4,
 ) -> None:
     """Test error against the number of shared units, LeNet-300-100: fig2.csv and fig2.png."""
     with exit_codes():

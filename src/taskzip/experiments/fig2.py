@@ -26,7 +26,7 @@ UNITS = {"fc1": 300, "fc2": 100}
 _TITLES = {"fc1": "(a) first layer", "fc2": "(b) second layer, the first fully shared"}
 
 
-def run(shelf: Shelf, out: Path, every: int = 1) -> str:
+def run(shelf: Shelf, out: Path, every: int = 4) -> str:
     """Write fig2.csv and fig2.png, with a point for every so many units of the first layer, half as many of the second.
 
     Args:

@@ -1,14 +1,14 @@
 """What each step of the method is worth: rivals, the paper's own, and what taskzip adds, one row each.
 
 Every hidden unit is shared, and then three quarters of them, for which private weights can follow; the former is
-retrained too. Mean and standard deviation over five pairs of networks, each with calibration images of its own.
+retrained too. Mean and standard deviation over five seeds: of calibration images, random pairs and retraining.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -22,8 +22,7 @@ from taskzip.retraining import Loss
 Case = Literal["lenet300", "lenet300-sparse", "lenet5", "lenet5-sparse", "mnist-fashion"]
 CASES: tuple[Case, ...] = get_args(Case)
 
-PAIRS = ((0, 1), (0, 2), (1, 2), (0, 1), (1, 2))
-"""Which networks of a kind make the five pairs; a pair that comes twice has other images and random numbers."""
+SEEDS = 5
 
 _PLAIN: dict[str, Any] = {"compensate": False}
 STEPS: dict[str, dict[str, Any]] = {
@@ -40,13 +39,15 @@ RIVALS: dict[str, dict[str, bool]] = {
     "matched by correlation, averaged": {"matched": True},
     "the same, output layers re-solved": {"matched": True, "resolved": True},
 }
-RETRAINED = ("optimal pairs", "+ private weights follow")
 SHARES = (1.0, 0.75)
-RETRAINING = (100, 600)
+BATCH = 64
+"""Images of each task in one step of retraining."""
+
 LOSSES: tuple[Loss, ...] = ("labels", "distill")
-
-
-LATER = [(steps, loss) for steps in RETRAINING for loss in LOSSES]
+LATER = [(steps, loss) for steps in (100, 600) for loss in LOSSES]
+"""Retraining: steps and loss."""
+RETRAINED: dict[str, tuple[Loss, ...]] = {"optimal pairs": ("distill",), "+ private weights follow": LOSSES}
+"""What is retrained, where all units are shared."""
 
 
 class Measured(NamedTuple):
@@ -56,7 +57,7 @@ class Measured(NamedTuple):
     method: str
     steps: int
     loss: Loss | Literal[""]
-    pair: int
+    seed: int
 
     def key(self) -> tuple[str, ...]:
         """As columns of a file."""
@@ -76,15 +77,15 @@ def run(shelf: Shelf, out: Path, case: Case) -> str:
         OSError: a file cannot be written.
     """
     bench = Bench(shelf, out, case)
-    for number in range(len(PAIRS)):
-        bench.measure(number)
+    for seed in range(SEEDS):
+        bench.measure(seed)
     text = "\n\n".join(table(bench.results, share) for share in SHARES)
     (out / f"methods-{case}.md").write_text(text + "\n")
     return text
 
 
 def table(results: Results, share: float) -> str:
-    """One Markdown table: mean errors, and the rise of the mean of both with its deviation over the pairs."""
+    """One Markdown table: mean errors, and the rise of the mean of both with its deviation over the seeds."""
     later = LATER if share == 1 else []
     titles = [
         f"{share:.0%} of the units shared",
@@ -112,24 +113,26 @@ class Bench:
             out / f"methods-{case}.csv", Measured._fields, ["before_a", "before_b", "error_a", "error_b"]
         )
 
-    def pair(self, number: int) -> Pair:
-        """One of the five pairs."""
-        a, b = PAIRS[number]
-        if self.case == "mnist-fashion":
-            networks = self.shelf.trained("lenet5", "mnist", a % 2), self.shelf.trained("lenet5", "fashion", b % 2)
-            return Pair(networks, ("mnist", "fashion"))
-        kind: Kind = "lenet300" if self.case.startswith("lenet300") else "lenet5"
+    @cached_property
+    def pair(self) -> Pair:
+        """The two networks."""
         get = self.shelf.pruned if self.case.endswith("sparse") else self.shelf.trained
-        return Pair((get(kind, "mnist", a), get(kind, "mnist", b)), ("mnist", "mnist"))
+        if self.case == "mnist-fashion":
+            return Pair((get("lenet5", "mnist", 0), get("lenet5", "fashion", 0)), ("mnist", "fashion"))
+        kind: Kind = "lenet300" if self.case.startswith("lenet300") else "lenet5"
+        return Pair((get(kind, "mnist", 0), get(kind, "mnist", 1)), ("mnist", "mnist"))
 
-    def measure(self, number: int) -> None:
-        """All numbers of one pair."""
-        pair = self.pair(number)
-        before = pair.before()
-        tasks = pair.calibration(seed=number)
+    @cached_property
+    def before(self) -> tuple[float, float]:
+        """Their errors."""
+        return self.pair.before()
+
+    def measure(self, seed: int) -> None:
+        """All numbers of one seed."""
+        tasks = self.pair.calibration(seed)
         for share in SHARES:
-            for method, make in self._ways(tasks, share, number).items():
-                self._row(pair, before, Measured(share, method, 0, "", number), make)
+            for method, make in self._ways(tasks, share, seed).items():
+                self._row(Measured(share, method, 0, "", seed), make)
 
     def _ways(self, tasks: Sequence[tz.Task], share: float, seed: int) -> dict[str, Callable[[], tz.ZippedModel]]:
         zips: dict[str, Callable[[], tz.ZippedModel]] = {
@@ -141,28 +144,26 @@ class Bench:
         }
         return (rivals | zips) if share == 1 else zips
 
-    def _row(self, pair: Pair, before: tuple[float, float], what: Measured, make: Callable[[], tz.ZippedModel]) -> None:
-        wanted = what.share == 1 and what.method in RETRAINED
-        later = [what._replace(steps=n, loss=loss) for n, loss in LATER if wanted]
+    def _row(self, what: Measured, make: Callable[[], tz.ZippedModel]) -> None:
+        losses = RETRAINED.get(what.method, ()) if what.share == 1 else ()
+        later = [what._replace(steps=n, loss=loss) for n, loss in LATER if loss in losses]
         if all(each.key() in self.results.found for each in (what, *later)):
             return
         zipped = make()
-        self.results.of(what.key(), lambda: (*before, *pair.errors(zipped)))
+        self.results.of(what.key(), lambda: (*self.before, *self.pair.errors(zipped)))
         for each in later:
-            self.results.of(each.key(), partial(self._retrained, pair, before, zipped, each))
-        self.shelf.say(f"{self.case}, pair {what.pair + 1}, {what.share:.0%}: {what.method}")
+            self.results.of(each.key(), partial(self._retrained, zipped, each))
+        self.shelf.say(f"{self.case}, seed {what.seed}, {what.share:.0%}: {what.method}")
 
-    def _retrained(
-        self, pair: Pair, before: tuple[float, float], zipped: tz.ZippedModel, what: Measured
-    ) -> tuple[float, ...]:
+    def _retrained(self, zipped: tz.ZippedModel, what: Measured) -> tuple[float, ...]:
         assert what.loss
-        retrained = pair.retrained(zipped, what.steps, what.loss, seed=what.pair)
-        return (*before, *pair.errors(retrained))
+        retrained = self.pair.retrained(zipped, what.steps, what.loss, what.seed, batch=BATCH)
+        return (*self.before, *self.pair.errors(retrained))
 
 
 def _found(results: Results, what: Measured) -> list[tuple[float, ...]]:
-    """The numbers of all pairs."""
-    keys = [what._replace(pair=number).key() for number in range(len(PAIRS))]
+    """The numbers of all seeds."""
+    keys = [what._replace(seed=seed).key() for seed in range(SEEDS)]
     return [results.found[key] for key in keys if key in results.found]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import torch
 from torch import nn
@@ -13,12 +12,10 @@ from torch import nn
 import taskzip as tz
 from taskzip.datasets import batches
 from taskzip.experiments.networks import READ, Data, Dataset, error_of
+from taskzip.retraining import Loss
 
 IMAGES = 4_000
 """For calibration, drawn at random from the 60,000 training images."""
-
-BATCH = 128
-"""Images of each task in one step of retraining."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +47,12 @@ class Pair:
         data = [batches(x[chosen], y[chosen], size=500) for x, y in self.train]
         return [tz.Task(name, net, each) for name, net, each in zip("AB", self.networks, data, strict=True)]
 
-    def retrained(
-        self, zipped: tz.ZippedModel, steps: int, loss: Literal["labels", "distill"], seed: int
-    ) -> tz.ZippedModel:
-        """A copy, retrained lightly on all training images."""
+    def retrained(self, zipped: tz.ZippedModel, steps: int, loss: Loss, seed: int, batch: int = 128) -> tz.ZippedModel:
+        """A copy, retrained lightly on all training images, so many of each task in one step."""
         zipped = copy.deepcopy(zipped)
-        data = [batches(*each, size=BATCH, shuffle=True) for each in self.train]
+        for network in (zipped, *self.networks):  # convolutions train faster on a CPU in this format
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        data = [batches(*each, size=batch, shuffle=True) for each in self.train]
         tasks = [tz.Task(name, net, each) for name, net, each in zip("AB", self.networks, data, strict=True)]
         tz.retrain(zipped, tasks, steps, loss=loss, progress=False, seed=seed)
         return zipped

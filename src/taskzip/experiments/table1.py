@@ -61,11 +61,11 @@ def run(shelf: Shelf, out: Path) -> str:
 
 
 def row(shelf: Shelf, kind: Kind, sparse: bool) -> Row:
-    """Zip two networks of a kind fully, with the library's defaults, and retrain them for the paper's iterations."""
+    """Zip two networks of a kind fully, with the library's defaults, and retrain them as the paper does, with labels."""
     networks = [shelf.pruned(kind, "mnist", seed) if sparse else shelf.trained(kind, "mnist", seed) for seed in (0, 1)]
     pair = Pair((networks[0], networks[1]), ("mnist", "mnist"))
     zipped = tz.zip(pair.calibration(seed=0), share=1.0, progress=False)
-    retrained = pair.retrained(zipped, PAPER[kind, sparse].iterations, "distill", seed=0)
+    retrained = pair.retrained(zipped, PAPER[kind, sparse].iterations, "labels", seed=0)
     return Row(kind, sparse, pair.before(), pair.errors(zipped), pair.errors(retrained))
 
 

@@ -5,16 +5,14 @@ Nothing of the network is rewritten: the graph is for understanding only, execut
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from taskzip.errors import GraphError
+from taskzip.errors import GraphError, first_line, place_in_code
 from taskzip.graph._layers import Reading
 from taskzip.graph._nodes import none_of
 from taskzip.graph._rules import apply_rule
@@ -57,10 +55,9 @@ def _exported(model: nn.Module, batch: Any, forward: Forward) -> Any:
         with torch.no_grad():
             return torch.export.export(_Called(model, forward), (batch,), strict=False)
     except Exception as error:  # torch.export raises whatever the network raises, and a dozen classes of its own
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise GraphError(
             f"{type(model).__name__} cannot be followed by torch.export on a batch of {_shapes(batch)}: "
-            f"{reason[0].rstrip('.')}{_place(error)}. Data-dependent control flow and inputs of the wrong shape are "
+            f"{first_line(error)}{place_in_code(error)}. Data-dependent control flow and inputs of the wrong shape are "
             f"the usual causes."
         ) from error
 
@@ -68,15 +65,6 @@ def _exported(model: nn.Module, batch: Any, forward: Forward) -> Any:
 def _shapes(batch: Any) -> str:
     tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
     return ", ".join(f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in tensors) or "no tensors"
-
-
-def _place(error: Exception) -> str:
-    """The line of the user's own code where an error came up."""
-    libraries = [Path(torch.__file__).parent, Path(__file__).parents[1]]
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if frame.line and not any(library in Path(frame.filename).parents for library in libraries):
-            return f', at "{frame.line}" ({frame.filename}:{frame.lineno})'
-    return ""
 
 
 def _sources(program: Any, model: nn.Module) -> dict[str, str]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from taskzip.errors import InputError
 from taskzip.zipped.blocks import densify, installed
+from taskzip.zipped.joint import run_jointly
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,16 @@ class ZippedModel(nn.Module):
         return len(self.tasks)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Every task's output for the same input. Networks that take different inputs are called one by one."""
-        return {name: network(*args, **kwargs) for name, network in self.tasks.items()}
+        """Every task's output for the same input. Networks that take different inputs are called one by one.
+
+        In eval mode, what the tasks have in common is computed once: from the input on, for as long as layers are fully
+        shared. Its results stay in memory until the last task has taken them, and single small inputs are faster task
+        by task. Gradients run through it once, for all tasks together: call `backward` on the sum of the losses.
+
+        Raises:
+            InputError: networks that write into their input in a way that leaves no other means than one by one.
+        """
+        return run_jointly(dict(self.tasks.items()), args, kwargs)
 
     def materialize(self, name: str) -> nn.Module:
         """A plain copy of one task's network: the original classes with dense weights, which needs no taskzip to run.

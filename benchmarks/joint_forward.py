@@ -1,0 +1,120 @@
+"""How long two networks take as one: per task, and both tasks on one input, in PyTorch and in ONNX Runtime.
+
+`python benchmarks/joint_forward.py` prints a Markdown table for pairs of LeNet-5, VGG-16 of a quarter of the width
+without batch-norm, and ResNet-20 with batch-norm folded in. All figures are ratios to the original networks in the same
+run: the calls take turns, on one thread, and the medians of their CPU time are compared, in which other work on the
+machine counts little. The networks are untrained: how fast they run does not depend on what they know. The files are
+exported to a temporary folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+import taskzip as tz
+from taskzip.models import VGG16, LeNet5, ResNet20
+
+SHARES = (0.5, 0.9, 1.0)
+BATCHES = (1, 32)
+WIDTHS = (16, 16, 32, 32, 64, 64, 64, 128, 128, 128, 128, 128, 128)
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, Any]]] = {
+    "LeNet-5": (LeNet5, (1, 28, 28), {}),
+    "VGG-16 / 4": (lambda: VGG16(10, widths=WIDTHS, hidden=256), (3, 32, 32), {}),
+    "ResNet-20": (ResNet20, (3, 32, 32), {"batch_norm": "fold"}),
+}
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("networks", nargs="*", help=f"default {', '.join(NETWORKS)}")
+    parser.add_argument("--runs", type=int, default=50, help="calls of each, default 50")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print("| networks | share | batch | one task | both tasks | one task, ONNX | both tasks, ONNX | size of the file |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name in options.networks or NETWORKS:
+        make, shape, settings = NETWORKS[name]
+        rows(name, make, shape, settings, options.runs)
+
+
+def rows(
+    title: str, make: Callable[[], nn.Module], shape: tuple[int, ...], settings: dict[str, Any], runs: int
+) -> None:
+    """A row for each share and size of batch."""
+    nets = [make().eval() for _ in range(2)]
+    example = torch.randn(1, *shape)
+    originals = tz.ZippedModel(dict(zip("ab", nets, strict=True)))
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: Path(folder) / f"{name}.onnx" for name in ("a", "b", "task", "joint")}
+        for name in "ab":
+            tz.export_onnx(originals, files[name], example, tasks=[name])
+        for share in SHARES:
+            tasks = [tz.Task(name, net, [torch.randn(64, *shape)]) for name, net in zip("ab", nets, strict=True)]
+            zipped = tz.zip(tasks, share=share, compensate=False, progress=False, **settings).eval()
+            tz.export_onnx(zipped, files["task"], example, tasks=["a"])
+            tz.export_onnx(zipped, files["joint"], example)
+            size = files["joint"].stat().st_size / sum(files[name].stat().st_size for name in "ab")
+            for batch in BATCHES:
+                ratios = [*compared(zipped, nets, files, torch.randn(batch, *shape), runs), size]
+                print(f"| {title} | {share} | {batch} | {' | '.join(f'{r:.2f}' for r in ratios)} |", flush=True)
+
+
+def compared(
+    zipped: tz.ZippedModel, nets: list[nn.Module], files: dict[str, Path], x: Tensor, runs: int
+) -> list[float]:
+    """Times of one task and of both, in PyTorch and in ONNX Runtime, relative to those of the original networks."""
+    onnx = {name: running(path, x) for name, path in files.items()}
+    with torch.no_grad():
+        took = medians(
+            {
+                "original": lambda: nets[0](x),
+                "originals": lambda: [net(x) for net in nets],
+                "task": lambda: zipped["a"](x),
+                "joint": lambda: zipped(x),
+                "onnx original": onnx["a"],
+                "onnx originals": lambda: [onnx["a"](), onnx["b"]()],
+                "onnx task": onnx["task"],
+                "onnx joint": onnx["joint"],
+            },
+            runs,
+        )
+    return [
+        took[f"{kind}{what}"] / took[f"{kind}original{'s' * (what == 'joint')}"]
+        for kind in ("", "onnx ")
+        for what in ("task", "joint")
+    ]
+
+
+def running(path: Path, x: Tensor) -> Callable[[], object]:
+    """A call of ONNX Runtime on one thread."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda: session.run(None, {"input": x.numpy()})
+
+
+def medians(calls: dict[str, Callable[[], object]], runs: int) -> dict[str, float]:
+    """Median CPU seconds of each, in turns so that what else the machine does meets all of them."""
+    took: dict[str, list[float]] = {name: [] for name in calls}
+    for run in range(runs + 1):
+        for name, call in calls.items():
+            start = time.process_time()
+            call()
+            if run:  # the first call warms up
+                took[name].append(time.process_time() - start)
+    return {name: statistics.median(each) for name, each in took.items()}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""Joint networks as files that other runtimes read."""
+
+from taskzip.export.onnx import export_onnx
+
+__all__ = ["export_onnx"]
