@@ -3,11 +3,12 @@
 from taskzip.errors import CheckpointError, ExportError, GraphError, InputError, TaskzipError
 from taskzip.export import export_onnx
 from taskzip.inspection import inspect
+from taskzip.measuring import measure
 from taskzip.plan import Budget, MaxDrop, Threshold
 from taskzip.pruning import prune
 from taskzip.retraining import Retraining, retrain
 from taskzip.task import Task
-from taskzip.zipped import ZippedModel, load
+from taskzip.zipped import ZippedModel, from_pretrained, load
 from taskzip.zipping import zip_tasks as zip
 
 __version__ = "0.1.0"
@@ -26,8 +27,10 @@ __all__ = [
     "ZippedModel",
     "__version__",
     "export_onnx",
+    "from_pretrained",
     "inspect",
     "load",
+    "measure",
     "prune",
     "retrain",
     "zip",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,3 +23,24 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def filling(folder: Path) -> Iterator[Path]:
+    """Put files into the folder that this gives; at the end they go to `folder`, unless an error came before.
+
+    A new folder appears whole. In one that exists, files of the same names are replaced one after another, which needs
+    no room any more, and others stay.
+    """
+    exists = folder.is_dir()
+    part = (folder if exists else folder.parent) / f".{folder.name}.{uuid.uuid4().hex}.part"
+    part.mkdir()
+    try:
+        yield part
+        if exists:
+            for file in list(part.iterdir()):
+                os.replace(file, folder / file.name)
+        else:
+            os.rename(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

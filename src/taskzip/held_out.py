@@ -100,7 +100,7 @@ class Judge:
     def _accuracy(self, output: Any, targets: Any, index: int) -> Values:
         """Right answers in percent; targets that the loss ignores do not count."""
         if not isinstance(output, Tensor) or output.dim() < 2:
-            raise self._error(index, "gives no tensor with classes along axis 1: give MaxDrop a metric")
+            raise self._error(index, "gives no tensor with classes along axis 1: give the task a metric")
         targets = targets.argmax(1) if targets.is_floating_point() else targets
         counted = targets != getattr(self._task.loss, "ignore_index", -100)
         right = (output.argmax(1) == targets) & counted

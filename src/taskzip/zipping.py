@@ -13,6 +13,7 @@ from rich.progress import Progress
 from taskzip.correspondence import JointLayers, Layers, correspond
 from taskzip.curves import Curve
 from taskzip.errors import InputError
+from taskzip.flops import record_flops
 from taskzip.matching import Matching
 from taskzip.members import Member
 from taskzip.observation import MaxRows
@@ -163,7 +164,8 @@ def _zip_layers(tasks: Sequence[Task], settings: Settings, progress: bool) -> tu
                 weights = [weight for member in members for weight in member.layer_weights()]
                 settings.retraining.run(zipped, tasks, steps, seed=settings.seed, weights=weights)
             bar.advance(todo)
-    return zipped.eval(), zipper.recorder.curves
+    record_flops(zipped.eval(), tasks)
+    return zipped, zipper.recorder.curves
 
 
 def _checked(tasks: Sequence[Task]) -> Sequence[Task]:

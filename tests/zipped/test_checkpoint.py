@@ -101,6 +101,22 @@ def test_weights_tied_inside_a_network_stay_tied(tmp_path: Path) -> None:
     assert torch.equal(loaded["a"](data(5)), zipped["a"](data(5)))
 
 
+def test_modules_called_like_the_blocks_of_weights(tmp_path: Path) -> None:
+    class Residual(nn.Module):
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            torch.manual_seed(seed)
+            self.res_blocks = nn.ModuleList([nn.Linear(5, 8), nn.Linear(8, 3)])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.res_blocks[1](self.res_blocks[0](x).relu())
+
+    zipped = tz.zip([tz.Task(n, Residual(i), [data(5)]) for i, n in enumerate("ab")], share=0.5, progress=False)
+    zipped.save(tmp_path / "joint.safetensors")
+    loaded = tz.load(tmp_path / "joint.safetensors", {"a": Residual(5), "b": Residual(6)})
+    assert torch.equal(loaded["b"](data(5)), zipped["b"](data(5)))
+
+
 @pytest.mark.parametrize(
     ("networks", "message"),
     [

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,12 @@ def perceptron(outputs: int, widths: tuple[int, int] = (8, 7)) -> nn.Sequential:
 
 def numbers(line: str) -> list[int]:
     return [int(number.replace(",", "")) for number in re.findall(r"[\d,]*\d", line)]
+
+
+def costs(zipped: tz.ZippedModel) -> list[str]:
+    """The rows of the second table."""
+    lines = zipped.summary().splitlines()
+    return lines[next(i for i, line in enumerate(lines) if line.startswith(" task")) + 2 :][: len(zipped) + 2]
 
 
 def count(*models: nn.Module) -> int:
@@ -88,3 +95,27 @@ def test_at_most_100_columns_even_with_long_names():
     table = [line for line in zipped.summary().splitlines() if "stays private" not in line]
     assert max(map(len, table)) <= 100
     assert any("8,400" in line for line in table)  # the narrow columns stay whole: 6 * 1200 + 1200 parameters
+
+
+def test_bytes_are_those_of_the_file(tmp_path: Path):
+    models = [nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, n)) for n in (2, 3)]
+    zipped = tz.zip(two_tasks(*models), share=0.5, progress=False)
+    rows = costs(zipped)
+    # 8 * 7 and n * 9 parameters, 4 * 8 values and a counter of 8 bytes in batch-norm
+    assert [numbers(row)[-1] for row in rows[:3]] == [432, 468, 900]
+    zipped.save(tmp_path / "joint.safetensors")
+    file = (tmp_path / "joint.safetensors").read_bytes()
+    stored = len(file) - 8 - int.from_bytes(file[:8], "little")
+    assert rows[3].endswith(f" {stored} ({stored / 900:.0%})") and stored == 900 - 4 * (4 * 7)
+    assert [numbers(row)[-1] for row in costs(zipped.half())[:3]] == [220, 238, 458]
+
+
+def test_flops_are_those_recorded_and_absent_where_none_were():
+    models = perceptron(3), perceptron(4, (8, 5))
+    zipped = tz.zip(two_tasks(*models), share=0.5, progress=False)
+    first = 2 * (6 * 8 + 8 * 7 + 7 * 3)
+    second = 2 * (6 * 8 + 8 * 5 + 5 * 4)
+    assert [numbers(row)[0] for row in costs(zipped)] == [first, second, first + second, first + second]
+    assert "FLOPs for one sample, a multiply-add is 2; together: of zipped(x)" in zipped.summary()
+    del zipped.history.settings["flops"]
+    assert "FLOPs" not in zipped.summary() and len(costs(zipped)) == 4

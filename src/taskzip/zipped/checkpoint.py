@@ -25,8 +25,13 @@ FORMAT = 2
 _KEY = "taskzip"
 
 
-def save(zipped: ZippedModel, path: str | Path) -> None:
+def save(zipped: ZippedModel, path: str | Path, called: str | Path | None = None) -> None:
     """Write a joint network to one file, all or nothing.
+
+    Args:
+        zipped: the joint network.
+        path: the file.
+        called: what errors call it, if not by its path.
 
     Raises:
         CheckpointError: the file cannot be written; whatever stood at `path` before still stands.
@@ -53,7 +58,7 @@ def save(zipped: ZippedModel, path: str | Path) -> None:
         os.replace(part, target)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"cannot write {path}: {_reason(error)}. Is the folder writable, and has it room?"
+            f"cannot write {called or path}: {_reason(error)}. Is the folder writable, and has it room?"
         ) from error
     finally:
         with suppress(OSError):
@@ -144,7 +149,9 @@ def _once(zipped: ZippedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _structure_of(network: nn.Module) -> dict[str, Any]:
     """Which parameters are blocks, and the dense shapes of everything, by the names of the original architecture."""
     blocks, original = installed(network), original_class(network)
-    shapes = {k: shape for k, shape in _shapes(network).items() if "_blocks." not in k}
+    inside = {id(p) for b in blocks.values() for p in b.parameters()}
+    tensors = network.state_dict(keep_vars=True)
+    shapes = {k: shape for k, shape in _shapes(network).items() if id(tensors[k]) not in inside}
     shapes |= {name: list(spec_of(block).dense_shape) for name, block in blocks.items()}
     return {
         "class": f"{original.__module__}.{original.__qualname__}",

@@ -105,7 +105,12 @@ class ZippedModel(nn.Module):
         return network
 
     def summary(self) -> str:
-        """A table for people, at most 100 columns: per layer units, shared units, cost, parameters before and after."""
+        """Tables for people, at most 100 columns.
+
+        Per layer: units, shared units, cost, parameters before and after. Per task, for all apart, and together: FLOPs
+        of one sample's forward pass (a multiply-add is 2, as `torch.utils.flop_counter` counts), which were counted on
+        the calibration data when the networks were zipped, and bytes of parameters and buffers.
+        """
         from taskzip.zipped.summary import summary_table
 
         return summary_table(self)
@@ -119,6 +124,46 @@ class ZippedModel(nn.Module):
         from taskzip.zipped.checkpoint import save
 
         save(self, path)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder in the way of the Hugging Face Hub; see `taskzip.from_pretrained`.
+
+        It holds `model.safetensors` (what `save` writes), `config.json` and `README.md`, a model card that says what
+        was merged, from what, how, and what `taskzip.measure` found. Written again, all three are replaced.
+
+        Raises:
+            CheckpointError: the folder cannot be written, or has files of these names that this did not write; what
+                stood there before still stands.
+        """
+        from taskzip.zipped.hub import save_pretrained
+
+        save_pretrained(self, folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Upload a network zipped by taskzip",
+    ) -> str:
+        """Upload what `save_pretrained` writes to the Hugging Face Hub, as one commit. Needs taskzip[hub].
+
+        Args:
+            repo_id: "owner/name"; the repository is made if there is none.
+            private: whether a new repository is private; default as the owner's settings say.
+            token: default the one that `hf auth login` keeps.
+            commit_message: of the commit.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            CheckpointError: huggingface_hub is not installed, or the Hub cannot be reached or refuses.
+        """
+        from taskzip.zipped.hub import push_to_hub
+
+        return push_to_hub(self, repo_id, private=private, token=token, commit_message=commit_message)
 
     def parameter_count(self, tasks: Sequence[str] | None = None) -> int:
         """Parameters that the given tasks (default: all) need, shared blocks counted once."""

@@ -1,4 +1,4 @@
-"""The summary of a joint network: one line per layer, in at most 100 columns."""
+"""The summary of a joint network: one line per layer, one per task, in at most 100 columns."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from rich.table import Table
 
 from taskzip.zipped.blocks import installed, spec_of
 from taskzip.zipped.model import LayerRecord, ZippedModel
+from taskzip.zipped.sizes import bytes_apart, bytes_together
 
 WIDTH = 100
 
 
 def summary_table(zipped: ZippedModel) -> str:
-    """Per layer: units of each task, shared units, cost, parameters before and after; then the totals."""
+    """Per layer: units of each task, shared units, cost, parameters before and after; the totals; FLOPs and bytes."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_footer=True)
     before, after = separate_parameters(zipped), zipped.parameter_count()
-    saved = f"{after:,} ({after / before:.0%})" if before else "0"
     columns = (
         ("layer", "all parameters"),
         ("units", ""),
         ("shared", ""),
         ("cost", ""),
         ("before", f"{before:,}"),
-        ("after", saved),
+        ("after", _amount(after, before)),
     )
     for title, footer in columns:
         left = title == "layer"
@@ -42,9 +42,7 @@ def summary_table(zipped: ZippedModel) -> str:
         )
     for record in zipped.history.layers:
         table.add_row(*_row(record))
-    out = StringIO()
-    Console(file=out, width=WIDTH).print(table)
-    lines = [line.rstrip() for line in out.getvalue().splitlines()]
+    lines = _lines(table)
     notes = [_wrapped(f"{r.name} stays private ({r.note}).") for r in zipped.history.layers if r.note]
     weights = {p for weight in zipped.layer_weights() for p in weight}
     missing = sum(p.numel() for p in weights) - zipped.connection_count()
@@ -53,14 +51,52 @@ def summary_table(zipped: ZippedModel) -> str:
         notes.insert(
             0, _wrapped(f"{apart:,} connections apart, {zipped.connection_count():,} together (weights not 0).")
         )
+    notes[:0] = [_wrapped(_measured(step["measured"])) for step in zipped.history.later[-1:] if "measured" in step]
     search = zipped.history.settings.get("search")
     if search:
-        notes.insert(0, _wrapped(_certificate(search)))
+        notes.insert(0, _wrapped(certificate(search)))
     head = _wrapped(f"{' + '.join(zipped)}: {before:,} parameters apart, {after:,} together")
-    return "\n".join([head, *[line for line in lines if line], *notes])
+    return "\n".join([head, *lines, *_costs(zipped), *notes])
 
 
-def _certificate(search: Mapping[str, Any]) -> str:
+def _costs(zipped: ZippedModel) -> list[str]:
+    """FLOPs and bytes of each task by itself, of all of them apart, and together."""
+    flops = zipped.history.settings.get("flops")  # checkpoints of before do not have them
+    apart = {name: bytes_apart(network) for name, network in zipped.tasks.items()}
+    columns = [("bytes", [*apart.values(), sum(apart.values())], bytes_together(zipped))]
+    if flops:
+        each = [flops["tasks"][name] for name in zipped]
+        together = sum(each) if flops["together"] is None else flops["together"]
+        columns.insert(0, ("FLOPs", [*each, sum(each)], together))
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("task", overflow="fold")
+    for title, _, _ in columns:
+        table.add_column(title, justify="right", no_wrap=True)
+    for index, name in enumerate([*zipped, "all, apart"]):
+        table.add_row(name, *(f"{numbers[index]:,}" for _, numbers, _ in columns))
+    table.add_row("all, together", *(_amount(together, numbers[-1]) for _, numbers, together in columns))
+    if not flops:
+        return _lines(table)
+    of = "each on its own input" if flops["together"] is None else "of zipped(x), one input for all tasks"
+    return [*_lines(table), _wrapped(f"FLOPs for one sample, a multiply-add is 2; together: {of}.")]
+
+
+def _amount(amount: int, whole: int) -> str:
+    return f"{amount:,} ({part_of(amount, whole)})" if whole else "0"
+
+
+def part_of(amount: int, whole: int) -> str:
+    """In percent."""
+    return f"{amount / whole:.0%}" if whole else "0%"
+
+
+def _lines(table: Table) -> list[str]:
+    out = StringIO()
+    Console(file=out, width=WIDTH).print(table)
+    return [line.rstrip() for line in out.getvalue().splitlines() if line.strip()]
+
+
+def certificate(search: Mapping[str, Any]) -> str:
     """What the share plan was searched for, and what was measured."""
     if "budget" in search:
         return f"Budget({search['budget']}): {search['parameters']:,} of at most {search['most']:,} parameters."
@@ -71,6 +107,15 @@ def _certificate(search: Mapping[str, Any]) -> str:
     )
     sure = f"{search['confidence']:.0%} sure"
     return f"MaxDrop({search['max_drop']:g}), {sure}, {search['evaluations']} evaluations: {measured}."
+
+
+def _measured(measured: Mapping[str, Any]) -> str:
+    """What `measure` found; it is said as long as nothing was done to the network since."""
+    found = (
+        f"{name} {m['before']:.2f} to {m['after']:.2f} ({m['metric']}; {m['samples']:,} samples)"
+        for name, m in measured.items()
+    )
+    return f"Measured on held-out data: {', '.join(found)}."
 
 
 def _wrapped(text: str) -> str:
