@@ -126,9 +126,13 @@ def zip_tasks(
     def zip_with(plan: Share) -> tuple[ZippedModel, list[Curve]]:
         return _zip(tasks, replace(settings, plan=plan), progress=False)
 
-    if wanted is not None:
-        return search(wanted, tasks, zip_with, seed=settings.seed, progress=progress)
-    return _zip(tasks, settings, progress)[0]
+    if wanted is None:
+        zipped, _ = _zip(tasks, settings, progress)
+    else:
+        zipped = search(wanted, tasks, zip_with, seed=settings.seed, progress=progress)
+    with seeded(settings.seed):
+        record_flops(zipped, tasks)
+    return zipped
 
 
 def _zip(tasks: Sequence[Task], settings: Settings, progress: bool) -> tuple[ZippedModel, list[Curve]]:
@@ -164,8 +168,7 @@ def _zip_layers(tasks: Sequence[Task], settings: Settings, progress: bool) -> tu
                 weights = [weight for member in members for weight in member.layer_weights()]
                 settings.retraining.run(zipped, tasks, steps, seed=settings.seed, weights=weights)
             bar.advance(todo)
-    record_flops(zipped.eval(), tasks)
-    return zipped, zipper.recorder.curves
+    return zipped.eval(), zipper.recorder.curves
 
 
 def _checked(tasks: Sequence[Task]) -> Sequence[Task]:
