@@ -36,9 +36,8 @@ def main(names: Sequence[str]) -> None:
         tz.Task(n, net, batches(*(each[:TRAINED] for each in data[n]), size=BATCH, shuffle=True))
         for n, net in nets.items()
     ]
-    print(
-        "| | digit | garment | rms of output weights | digit, retrained | garment, retrained |\n|---|---|---|---|---|---|"
-    )
+    print("| | digit | garment | rms of output weights | digit, retrained | garment, retrained |")
+    print("|---|---|---|---|---|---|")
     alone = [f"{test_error(net, *held_out[n]):.2f}" for n, net in nets.items()]
     print(f"| apart | {' | '.join(alone)} | {rms(nets['garment'].fc2.weight):.3f} | | |", flush=True)
     for name in names or STARTS:
