@@ -102,8 +102,8 @@ def table(title: str, trained: Sequence[Trained], rows: Sequence[Row], steps: in
     print(f"| | parameters | {names} | mean rise | {names} | mean rise | zip, s |")
     print(f"|---|---|{'---|' * (2 * len(trained) + 3)}", flush=True)
     alone = [each.error(each.network) for each in trained]
-    size = sum(p.numel() for p in trained[0].network.parameters())
-    print(f"| apart | {size * len(trained):,} | {_listed(alone)} | | {'| ' * len(trained)}| |", flush=True)
+    sizes = [sum(p.numel() for p in each.network.parameters()) for each in trained]
+    print(f"| apart | {sum(sizes):,} | {_listed(alone)} | | {'| ' * len(trained)}| |", flush=True)
     tasks = [each.task(IMAGES, 250) for each in trained]
     ways: dict[str, Callable[[], tz.ZippedModel]] = {
         name: partial(tz.zip, tasks, progress=False, **options) for name, options in rows
@@ -115,7 +115,7 @@ def table(title: str, trained: Sequence[Trained], rows: Sequence[Row], steps: in
         cells = []
         for found in (errors[: len(trained)], errors[len(trained) :]):
             cells += [_listed(found), f"{(sum(found) - sum(alone)) / len(alone):+.2f}"]
-        count = f"{parameters:,.0f} ({parameters / size:.2f}x)"
+        count = f"{parameters:,.0f} ({parameters / sizes[0]:.2f}x)"
         print(f"| {name} | {count} | {' | '.join(cells)} | {seconds:.0f} |", flush=True)
 
 
