@@ -116,7 +116,7 @@ def test_what_are_no_points(points: Any) -> None:
         ({"a": 3}, {}, "data of task 'a' is a int"),
         ({}, {"metric": "accuracy"}, "metric 'accuracy' must be a function"),
         ({}, {"metric": {"a": 1}}, "metric 1 must be a function"),
-        ({}, {"confidence": 1.0}, "confidence=1.0 must be a number from 0.5 to below 1"),
+        ({}, {"confidence": 1.0}, "confidence=1.0 must be None or a number from 0.5 to below 1"),
         ({}, {"confidence": "sure"}, "confidence='sure' must be"),
         ({}, {"evaluations": 1}, "evaluations=1 must be a whole number >= 2"),
         ({}, {"evaluations": 2.5}, "evaluations=2.5 must be a whole number >= 2"),

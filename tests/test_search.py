@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from networks import Attention
@@ -101,7 +102,9 @@ def right(net: nn.Module, data: Any) -> np.ndarray:
         return torch.cat([net(x).argmax(1) == y for x, y in data]).double().numpy()
 
 
-def check_certificate(zipped: tz.ZippedModel, tasks: list[tz.Task], held_out: dict[str, Any], points: float) -> None:
+def check_certificate(
+    zipped: tz.ZippedModel, tasks: list[tz.Task], held_out: dict[str, Any], points: float, evaluations: int = 16
+) -> None:
     """What the history says was measured is what is measured now."""
     search = zipped.history.settings["search"]
     assert search["max_drop"] == points and list(search["tasks"]) == [task.name for task in tasks]
@@ -111,7 +114,8 @@ def check_certificate(zipped: tz.ZippedModel, tasks: list[tz.Task], held_out: di
         assert said["before"] == pytest.approx(before) and said["after"] == pytest.approx(after)
         assert said["lost"] == pytest.approx(before - after, abs=1e-8)
         apart = 100 * (right(task.model, data) - right(zipped[task.name], data))
-        bound = apart.mean() + 1.6448536 * apart.std(ddof=1) / len(apart) ** 0.5
+        quantile = scipy.stats.norm.ppf(1 - (1 - search["confidence"]) / evaluations) if search["confidence"] else 0
+        bound = apart.mean() + quantile * apart.std(ddof=1) / len(apart) ** 0.5
         assert said["at_most"] == pytest.approx(bound, abs=1e-6) and said["lost"] <= said["at_most"] <= points
         assert said["samples"] == sum(len(x) for x, _ in data)
 
@@ -211,8 +215,9 @@ def test_a_budget_for_three_tasks_of_different_widths() -> None:
 
 @pytest.mark.parametrize("points", [0, 5, 10])
 def test_no_task_loses_more_than_it_may_and_the_certificate_is_true(points: float) -> None:
-    zipped = run_zip(PAIR, tz.MaxDrop(points, HELD_OUT, evaluations=6))
-    check_certificate(zipped, PAIR, HELD_OUT, points)
+    plan = tz.MaxDrop(points, HELD_OUT, confidence=0.7, evaluations=6)
+    zipped = run_zip(PAIR, plan)
+    check_certificate(zipped, PAIR, HELD_OUT, points, evaluations=6)
     assert zipped.history.settings["search"]["evaluations"] <= 6
     assert same(zipped, run_zip(PAIR, counts_of(zipped)))
     if points:
@@ -233,7 +238,7 @@ def test_what_is_found_comes_near_the_best_of_all_plans() -> None:
             accuracy(t.model, held_out[t.name]) - accuracy(zipped[t.name], held_out[t.name]) <= points for t in tasks
         ):
             sizes.append(zipped.parameter_count())
-    found = run_zip(tasks, tz.MaxDrop(points, held_out, evaluations=10)).parameter_count()
+    found = run_zip(tasks, tz.MaxDrop(points, held_out, confidence=None, evaluations=10)).parameter_count()
     assert min(sizes) <= found <= apart(tasks) - 0.6 * (apart(tasks) - min(sizes))
 
 
@@ -261,7 +266,7 @@ def test_where_every_plan_loses_too_much_nothing_is_shared() -> None:
 def test_retraining_and_shuffled_data_are_measured_as_they_are() -> None:
     options = {"retrain": tz.Retraining(3, loss="distill")}
     zipped = run_zip(PAIR, tz.MaxDrop(5, HELD_OUT, evaluations=3), **options)
-    check_certificate(zipped, PAIR, HELD_OUT, 5)
+    check_certificate(zipped, PAIR, HELD_OUT, 5, evaluations=3)
     assert same(zipped, run_zip(PAIR, counts_of(zipped), **options))
 
 
@@ -280,7 +285,7 @@ def test_every_kind_of_network_keeps_its_promise(kind: str) -> None:
     nets, shape, options = KINDS[kind]
     tasks, held_out = tasks_of(*nets, shape=shape)
     dropped = run_zip(tasks, tz.MaxDrop(4, held_out, evaluations=3), **options)
-    check_certificate(dropped, tasks, held_out, 4)
+    check_certificate(dropped, tasks, held_out, 4, evaluations=3)
     fitted = run_zip(tasks, tz.Budget(0.8), **options)
     assert fitted.parameter_count() <= 0.8 * apart(tasks)
 

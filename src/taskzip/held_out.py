@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import torch
@@ -55,12 +54,12 @@ class Judge:
         self.samples = 0
         self.original = self.measure(task.model)
 
-    def loss(self, reached: Values, confidence: float) -> float:
-        """An upper confidence bound of what another network loses, from the differences sample by sample."""
+    def loss(self, reached: Values, quantile: float) -> float:
+        """What another network loses, and so many standard errors more, from the differences sample by sample."""
         difference, weights = self.original.values - reached.values, reached.weights
         mean = difference @ weights / weights.sum()
         apart = (weights * (difference - mean)).square().sum() * len(weights) / max(len(weights) - 1, 1)
-        return float(mean + NormalDist().inv_cdf(confidence) * apart.sqrt() / weights.sum())
+        return float(mean + quantile * apart.sqrt() / weights.sum())
 
     def measure(self, network: nn.Module) -> Values:
         """The metric on all samples."""

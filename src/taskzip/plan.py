@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 from taskzip.errors import InputError
@@ -147,8 +148,9 @@ class MaxDrop:
             gives a number for the batch, or a tensor with one value per sample. Default: `Task.metric`, else accuracy
             in percent where the task's loss is cross-entropy (classes along axis 1).
         confidence: how sure it is to be that a task does not lose more on other data of the kind: an upper confidence
-            bound of its loss stays within `points`, from how much the loss varies over the held-out samples. With 0.5
-            that is the measured loss itself.
+            bound of its loss stays within `points`, from how much the loss varies over the held-out samples. It counts
+            that the best of up to `evaluations` networks is taken (Bonferroni's correction). None: the measured loss
+            itself stays within `points`.
         evaluations: at most so many joint networks are made and measured, at least 2.
 
     Raises:
@@ -158,7 +160,7 @@ class MaxDrop:
     points: float
     data: Mapping[str, Iterable[Any]]
     metric: Metric | Mapping[str, Metric] | None = None
-    confidence: float = 0.95
+    confidence: float | None = 0.95
     evaluations: int = 16
 
     def __post_init__(self) -> None:
@@ -175,8 +177,8 @@ class MaxDrop:
         for metric in self.metric.values() if isinstance(self.metric, Mapping) else [self.metric]:
             if metric is not None and not callable(metric):
                 raise InputError(f"MaxDrop: metric {metric!r} must be a function of output and targets.")
-        if not _is_number(self.confidence) or not 0.5 <= self.confidence < 1:
-            raise InputError(f"MaxDrop: confidence={self.confidence!r} must be a number from 0.5 to below 1.")
+        if self.confidence is not None and (not _is_number(self.confidence) or not 0.5 <= self.confidence < 1):
+            raise InputError(f"MaxDrop: confidence={self.confidence!r} must be None or a number from 0.5 to below 1.")
         if not isinstance(self.evaluations, Integral) or isinstance(self.evaluations, bool) or self.evaluations < 2:
             raise InputError(f"MaxDrop: evaluations={self.evaluations!r} must be a whole number >= 2.")
 
@@ -186,7 +188,15 @@ class MaxDrop:
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
-        return {"max_drop": float(self.points), "confidence": float(self.confidence)}
+        return {
+            "max_drop": float(self.points),
+            "confidence": None if self.confidence is None else float(self.confidence),
+        }
+
+    @property
+    def quantile(self) -> float:
+        """By so many standard errors the bound of one network's loss is above its measured loss."""
+        return 0.0 if self.confidence is None else NormalDist().inv_cdf(1 - (1 - self.confidence) / self.evaluations)
 
     def metric_of(self, task: str) -> Metric | None:
         """The metric given for a task."""

@@ -144,7 +144,7 @@ class _Dropping:
 
     def __init__(self, wanted: MaxDrop, tasks: Sequence[Task], zip_with: Zip, seed: int, bar: Progress) -> None:
         self._wanted = wanted
-        self._points, self._confidence, self._most = wanted.points, wanted.confidence, wanted.evaluations
+        self._points, self._quantile, self._most = wanted.points, wanted.quantile, wanted.evaluations
         self._zip_with = zip_with
         self._seed = seed
         with seeded(seed):
@@ -231,19 +231,19 @@ class _Dropping:
         with seeded(self._seed):
             reached = {name: judge.measure(zipped[name]) for name, judge in self._judges.items()}
         found = _Found(zipped, plan, reached)
-        worst = max(self._lost(found, self._confidence).values())
+        worst = max(self._lost(found, self._quantile).values())
         self._display.saw(f"{zipped.parameter_count():,} parameters, {worst:.3g} lost of {self._points:g}")
         within = anyway or worst <= self._points
         if within and (self._best is None or zipped.parameter_count() < self._best.zipped.parameter_count()):
             self._best = found
         return curves
 
-    def _lost(self, found: _Found, confidence: float) -> dict[str, float]:
+    def _lost(self, found: _Found, quantile: float) -> dict[str, float]:
         """Per task, without the rounding of the subtraction."""
-        return {name: round(judge.loss(found.reached[name], confidence), 9) for name, judge in self._judges.items()}
+        return {name: round(judge.loss(found.reached[name], quantile), 9) for name, judge in self._judges.items()}
 
     def _certified(self, found: _Found) -> ZippedModel:
-        lost, most = self._lost(found, 0.5), self._lost(found, self._confidence)
+        lost, most = self._lost(found, 0.0), self._lost(found, self._quantile)
         tasks = {
             name: {
                 "before": judge.original.mean,

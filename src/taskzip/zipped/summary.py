@@ -105,7 +105,7 @@ def certificate(search: Mapping[str, Any]) -> str:
         f"({m['lost']:.2f} lost, at most {m['at_most']:.2f}; {m['samples']:,} samples)"
         for name, m in search["tasks"].items()
     )
-    sure = f"{search['confidence']:.0%} sure"
+    sure = "as measured" if search["confidence"] is None else f"{search['confidence']:.0%} sure"
     return f"MaxDrop({search['max_drop']:g}), {sure}, {search['evaluations']} evaluations: {measured}."
 
 
