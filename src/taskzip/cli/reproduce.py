@@ -53,7 +53,7 @@ def methods_command(
 
 
 def _shelf(context: typer.Context, out: Path) -> Shelf:
-    console = Console(stderr=True, quiet=bool(context.obj), highlight=False)
+    console = Console(stderr=True, quiet=bool(context.obj), highlight=False, soft_wrap=True)
     start = time.perf_counter()
     return Shelf(out / "networks", lambda line: console.print(f"{time.perf_counter() - start:5.0f} s  {line}"))
 
