@@ -23,7 +23,7 @@ demo: $(DEMO)
 	$(BIN)/taskzip demo
 
 test: lint types
-	$(BIN)/python -m pytest --cov --cov-report=term
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --cov --cov-report=term
 
 lint: $(DEV)
 	$(BIN)/ruff check
