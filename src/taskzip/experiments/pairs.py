@@ -12,7 +12,7 @@ from torch import nn
 import taskzip as tz
 from taskzip.datasets import batches
 from taskzip.experiments.networks import READ, Data, Dataset, error_of
-from taskzip.retraining import Loss
+from taskzip.retraining import Loss, Retraining
 
 IMAGES = 4_000
 """For calibration, drawn at random from the 60,000 training images."""
@@ -47,14 +47,23 @@ class Pair:
         data = [batches(x[chosen], y[chosen], size=500) for x, y in self.train]
         return [tz.Task(name, net, each) for name, net, each in zip("AB", self.networks, data, strict=True)]
 
-    def retrained(self, zipped: tz.ZippedModel, steps: int, loss: Loss, seed: int, batch: int = 128) -> tz.ZippedModel:
+    def retrained(
+        self,
+        zipped: tz.ZippedModel,
+        steps: int,
+        loss: Loss,
+        seed: int,
+        *,
+        batch: int = 128,
+        step_size: float = Retraining.step_size,
+    ) -> tz.ZippedModel:
         """A copy, retrained lightly on all training images, so many of each task in one step."""
         zipped = copy.deepcopy(zipped)
         for network in (zipped, *self.networks):  # convolutions train faster on a CPU in this format
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         data = [batches(*each, size=batch, shuffle=True) for each in self.train]
         tasks = [tz.Task(name, net, each) for name, net, each in zip("AB", self.networks, data, strict=True)]
-        tz.retrain(zipped, tasks, steps, loss=loss, progress=False, seed=seed)
+        tz.retrain(zipped, tasks, steps, loss=loss, step_size=step_size, progress=False, seed=seed)
         return zipped
 
     def before(self) -> tuple[float, float]:
