@@ -1,8 +1,8 @@
 """Layers computed block by block, so that no runtime has to put a weight together from its blocks.
 
 A runtime that is given a weight as `Concat` and `Gather` of constants puts it together when it loads the file, once for
-every task, and each has a copy of what was shared. Here the units of a layer are computed in groups, each from the blocks
-that belong to it, and what is put together and re-ordered is what the layer reads and gives.
+every task, so that what was shared becomes copies. Here the units of a layer are computed in groups, each from its own
+blocks, and what is put together and re-ordered is what the layer reads and gives.
 """
 
 from __future__ import annotations
