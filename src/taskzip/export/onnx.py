@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -229,8 +230,9 @@ def _unite(model: Any, by_block: bool) -> None:
     )
     if by_block:
         split_layers(model)
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    _straighten(model)
     for each in (
-        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         passes.DeduplicateHashedInitializersPass(size_limit=LARGEST),
         passes.CommonSubexpressionEliminationPass(),
         passes.RemoveUnusedNodesPass(),
@@ -238,6 +240,16 @@ def _unite(model: Any, by_block: bool) -> None:
         passes.ClearMetadataAndDocStringPass(),
     ):
         each(model)
+
+
+def _straighten(model: Any) -> None:
+    """Put the numbers of every tensor into their order: channels last, for example, is another one."""
+    import onnx_ir
+
+    for value in model.graph.initializers.values():
+        array = value.const_value.numpy()
+        if not array.flags.c_contiguous:
+            value.const_value = onnx_ir.Tensor(np.ascontiguousarray(array), dtype=value.dtype, name=value.name)
 
 
 def _name(model: Any, inputs: list[str], outputs: list[str]) -> None:
