@@ -26,7 +26,7 @@ from onnx_alone import SETTINGS
 from torch import Tensor, nn
 
 import taskzip as tz
-from taskzip.models import VGG16, SmallCNN
+from taskzip.models import VGG16, LeNet5, ResNet20, SmallCNN
 
 ALONE = Path(__file__).with_name("onnx_alone.py")
 
@@ -75,6 +75,8 @@ class Demo(Pair):
 
 PAIRS = {
     "demo, 1.0": Demo(SmallCNN, (1, 8, 8), 1.0),
+    "LeNet-5, 0.5": Pair(LeNet5, (1, 28, 28), 0.5),
+    "ResNet-20, 0.9": Pair(ResNet20, (3, 32, 32), 0.9),
     "VGG-16, 1.0": Pair(lambda: VGG16(10), (3, 32, 32), 1.0),
     "ResNet-18, 1.0": Pair(resnet18, (3, 64, 64), 1.0),
     "ResNet-18, 0.9": Pair(resnet18, (3, 64, 64), 0.9),
@@ -155,7 +157,7 @@ def memory_rows(name: str, files: Files) -> list[str]:
             separate = separate or found["peak"]
             memory = f"{found['before']:.0f} | {found['peak']:.0f} | {found['after']:.0f}"
             rows.append(
-                f"| {name} | {settings} | {form} | {memory} | {found['peak'] / separate:.2f} | {found['ms']:.1f} |"
+                f"| {name} | {settings} | {form} | {memory} | {found['peak'] / separate:.2f} | {found['ms']:.2f} |"
             )
     return rows
 
