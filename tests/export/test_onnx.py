@@ -228,6 +228,15 @@ def test_other_precisions(tmp_path: Path, kind: torch.dtype) -> None:
     assert run(path, input=x)["a"].dtype == kind
 
 
+def test_weights_in_another_order_of_memory(tmp_path: Path) -> None:
+    """Convolutions are faster on a CPU with channels last."""
+    joint = zipped(made(Residual), torch.randn(20, 2, 5, 5), share=0.5).to(memory_format=torch.channels_last).eval()
+    joint["a"].out.weight = nn.Parameter(torch.randn(6, 3).t())
+    path, x = tmp_path / "joint.onnx", torch.randn(3, 2, 5, 5)
+    tz.export_onnx(joint, path, x)
+    assert_same({"a.0": run(path, input=x)["a.0"]}, {"a.0": joint["a"](x)[0]})
+
+
 # --- one clear sentence ---------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from taskzip.errors import ExportError, InputError, first_line
 from taskzip.export.example import Call, Example
 from taskzip.export.failures import place, reason
 from taskzip.export.outputs import named_tensors
+from taskzip.export.splitting import split_layers
 from taskzip.files import replacing
 from taskzip.observation import evaluating
 from taskzip.task import device_of
@@ -37,6 +39,7 @@ def export_onnx(
     example: Any,
     tasks: Sequence[str] | None = None,
     dynamic_batch: bool = True,
+    by_block: bool = False,
 ) -> None:
     """Write a joint network to one ONNX file, and check with ONNX Runtime that it gives the same outputs.
 
@@ -54,6 +57,9 @@ def export_onnx(
         tasks: which tasks the file holds, and in which order; default all.
         dynamic_batch: whether the file takes batches of any size: all tensors whose first axis is as long as that of
             the first tensor.
+        by_block: whether layers that are shared in part are computed block by block. ONNX Runtime puts weights
+            together from their blocks when it loads the file, which leaves it with a copy for every task; then it does
+            not, and quantisers find the blocks too, but runs are slower (docs/device.md).
 
     Raises:
         InputError: no joint network, tasks that it does not have, or an example that does not fit.
@@ -68,7 +74,7 @@ def export_onnx(
     given = Example(example, list(networks), device_of(zipped))
     with evaluating(*networks.values()):
         wanted = _outputs(networks, given, given.tensors)
-        model = _model(networks, given, list(wanted), dynamic_batch)
+        model = _model(networks, given, list(wanted), dynamic_batch, by_block)
         try:
             with replacing(target) as part:
                 _write(model, path, part)
@@ -158,14 +164,16 @@ def _outputs(networks: dict[str, nn.Module], example: Example, tensors: dict[str
     return found
 
 
-def _model(networks: dict[str, nn.Module], example: Example, outputs: list[str], dynamic_batch: bool) -> Any:
+def _model(
+    networks: dict[str, nn.Module], example: Example, outputs: list[str], dynamic_batch: bool, by_block: bool
+) -> Any:
     """The graph of all tasks, in which equal parts are one."""
     try:
         model = _program(networks, example, outputs, dynamic_batch).model
     except Exception as error:  # torch raises whatever the network raises, and a dozen classes of its own
         raise _explained(error, networks, example, dynamic_batch) from error
     with _quiet():
-        _unite(model)
+        _unite(model, by_block)
         _name(model, list(example.tensors), outputs)
     _name_batches(model, example.batches)
     return model
@@ -210,8 +218,8 @@ def _quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def _unite(model: Any) -> None:
-    """Compute shapes that are known; then equal constants become one, and equal nodes over them."""
+def _unite(model: Any, by_block: bool) -> None:
+    """Compute shapes that are known, split layers if wanted; then equal constants become one, and equal nodes."""
     import onnx_ir.passes.common as passes
     from onnxscript import optimizer
 
@@ -220,8 +228,11 @@ def _unite(model: Any) -> None:
     optimizer.fold_constants(
         model, should_fold=lambda node: False if any(i is not None and i.name in weights for i in node.inputs) else None
     )
+    if by_block:
+        split_layers(model)
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    _straighten(model)
     for each in (
-        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         passes.DeduplicateHashedInitializersPass(size_limit=LARGEST),
         passes.CommonSubexpressionEliminationPass(),
         passes.RemoveUnusedNodesPass(),
@@ -229,6 +240,16 @@ def _unite(model: Any) -> None:
         passes.ClearMetadataAndDocStringPass(),
     ):
         each(model)
+
+
+def _straighten(model: Any) -> None:
+    """Put the numbers of every tensor into their order: channels last, for example, is another one."""
+    import onnx_ir
+
+    for value in model.graph.initializers.values():
+        array = value.const_value.numpy()
+        if not array.flags.c_contiguous:
+            value.const_value = onnx_ir.Tensor(np.ascontiguousarray(array), dtype=value.dtype, name=value.name)
 
 
 def _name(model: Any, inputs: list[str], outputs: list[str]) -> None:

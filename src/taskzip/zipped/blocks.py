@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from taskzip.errors import InputError
+
 
 @dataclass(frozen=True)
 class BlockSpec:
@@ -49,6 +51,12 @@ class BlocksSpec:
         if len(first[0].shape) == 1:
             return (rows,)
         return (rows, sum(b.shape[1] if b.inputs is None else b.inputs for b in first), *first[0].shape[2:])
+
+    @property
+    def is_one_block(self) -> bool:
+        """Whether there is nothing to put together."""
+        first = self.rows[0]
+        return len(self.rows) == len(first.blocks) == 1 and first.order is None and self.order is None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -98,7 +106,9 @@ class Blocks(nn.Module):
         return whole if order is None else whole.index_select(1, order)
 
     def _part(self, block: BlockSpec) -> Tensor:
-        parameter = self.get_parameter(block.name)
+        parameter: Tensor = self.get_parameter(block.name)
+        if not self._spec.is_one_block and type(parameter).dequantize is not Tensor.dequantize:
+            parameter = parameter.dequantize()  # quantised tensors cannot be put together
         return parameter if block.inputs is None else parameter[:, : block.inputs]
 
     def extra_repr(self) -> str:
@@ -111,6 +121,15 @@ class Zipped:
 
     zipped_attributes: tuple[str, ...] = ()
     original_class: type[nn.Module]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse what would be kept and never used, such as the weights that a quantiser puts into a module."""
+        if name in self.zipped_attributes:
+            raise InputError(
+                f"the {name} of this {self.original_class.__name__} is put together from blocks and cannot be set: set "
+                f"its blocks, {name}_blocks, or take a plain copy of the network, zipped.materialize(task)."
+            )
+        super().__setattr__(name, value)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _new, (self.original_class, self.zipped_attributes), self.__dict__

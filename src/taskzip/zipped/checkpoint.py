@@ -129,6 +129,11 @@ def _once(zipped: ZippedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise CheckpointError(
                 f"{key} is not a tensor but a {type(tensor).__name__}: such extra state cannot be saved."
             )
+        if type(tensor.detach()) is not Tensor:
+            raise CheckpointError(
+                f"{key} is a {type(tensor).__name__}, which a checkpoint cannot hold: save the network before it is "
+                f"quantised."
+            )
         if id(tensor) in first:
             aliases[key] = first[id(tensor)]
         else:
