@@ -69,7 +69,7 @@ class _Cutter:
             values = self._biases[task][torch.from_numpy(rows)]
             parameters[self._name(owners, users)] = self._tie(owners, users, values, bias=True)
         specs = tuple(RowSpec((BlockSpec(name, tuple(p.shape)),)) for name, p in parameters.items())
-        return Blocks(BlocksSpec(specs, self._order(task)), parameters)
+        return Blocks(BlocksSpec(specs, self._order(task), self._apart(specs)), parameters)
 
     def _apart(self, rows: Sequence[RowSpec]) -> bool:
         """Whether groups of rows are computed one by one: where some lack inputs, and where they can be common."""

@@ -17,10 +17,12 @@ from taskzip.errors import ExportError, InputError, first_line
 from taskzip.export.example import Call, Example
 from taskzip.export.failures import place, reason
 from taskzip.export.outputs import named_tensors
+from taskzip.export.selections import move_selections
 from taskzip.files import replacing
 from taskzip.observation import evaluating
 from taskzip.task import device_of
 from taskzip.zipped import ZippedModel
+from taskzip.zipped.blocks import installed, spec_of
 
 TOLERANCE = 1e-4
 """How far the file's outputs may lie from PyTorch's, relative to the largest output of that name.
@@ -165,7 +167,7 @@ def _model(networks: dict[str, nn.Module], example: Example, outputs: list[str],
     except Exception as error:  # torch raises whatever the network raises, and a dozen classes of its own
         raise _explained(error, networks, example, dynamic_batch) from error
     with _quiet():
-        _unite(model)
+        _unite(model, any(spec_of(b).apart for network in networks.values() for b in installed(network).values()))
         _name(model, list(example.tensors), outputs)
     _name_batches(model, example.batches)
     return model
@@ -210,8 +212,11 @@ def _quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def _unite(model: Any) -> None:
-    """Compute shapes that are known; then equal constants become one, and equal nodes over them."""
+def _unite(model: Any, apart: bool) -> None:
+    """Compute shapes that are known; then equal constants become one, and equal nodes over them.
+
+    Where units are computed `apart`, so is what is done with them up to the next layer.
+    """
     import onnx_ir.passes.common as passes
     from onnxscript import optimizer
 
@@ -220,8 +225,10 @@ def _unite(model: Any) -> None:
     optimizer.fold_constants(
         model, should_fold=lambda node: False if any(i is not None and i.name in weights for i in node.inputs) else None
     )
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    if apart:
+        move_selections(model)
     for each in (
-        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         passes.DeduplicateHashedInitializersPass(size_limit=LARGEST),
         passes.CommonSubexpressionEliminationPass(),
         passes.RemoveUnusedNodesPass(),

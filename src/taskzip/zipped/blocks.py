@@ -106,7 +106,8 @@ class Blocks(nn.Module):
         for i, each in enumerate([*(row.order for row in spec.rows), spec.order]):
             order = None if each is None else torch.tensor(each, device=device)
             self.register_buffer(f"_order{i}", order, persistent=False)
-        for i, row in enumerate(spec.rows if spec.apart else ()):
+        weights = spec.apart and len(spec.dense_shape) > 1
+        for i, row in enumerate(spec.rows if weights else ()):
             reads = row.read()
             if list(reads) != list(range(reads[0], reads[0] + len(reads))):
                 self.register_buffer(f"_read{i}", torch.tensor(reads, device=device), persistent=False)
