@@ -165,6 +165,7 @@ def zip_twin(
     damping: float = 1e-2,
     ridge: float = 0.1,
     threshold: float | None = None,
+    cross: bool = True,
 ) -> Result:
     """Zip two networks.
 
@@ -177,6 +178,7 @@ def zip_twin(
         balance: alpha of task A.
         damping, ridge: as in `taskzip.zip`.
         threshold: with "greedy": stop at the first pair whose d is above it.
+        cross: whether shared units keep weights from private ones; without, both networks have biases everywhere.
     """
     original = [Network.of(model) for model in models]
     result = Result([network.copy() for network in original])
@@ -196,6 +198,25 @@ def zip_twin(
 
         shared = _shared_columns(zipped, number, shared_before)
         bias = all(layer.bias for layer in layers)
+        if not cross:
+            h = []
+            for t in (0, 1):
+                curvature = alpha[t] / len(data[t]) * sum(np.outer(row, row) for row in x[t])
+                h.append(curvature + damping * np.mean(np.diag(curvature)) * np.eye(len(curvature)))
+            d, merged = _cut_pairs([layer.matrix for layer in layers], h, [np.append(s, -1) for s in shared])
+            pairs = {"greedy": _greedy, "optimal": _optimal}[matching](
+                d, round(share * min(layers[0].units, layers[1].units))
+            )
+            pairs.sort()
+            result.turns.append(Turn(d, pairs))
+            for i, j in pairs:
+                for t, unit in ((0, i), (1, j)):
+                    layers[t].matrix[unit] = merged[i, j][t]
+                if compensate:
+                    _match_spread(layers, (i, j), x, z, alpha, bias)
+            _arrange(zipped, number, pairs)
+            shared_before, changed = len(pairs), True
+            continue
         w = [_restricted(layers[t].matrix, shared[t], bias) for t in (0, 1)]
         own = [_own_columns(layers[t], shared[t], bias) if compensate else np.arange(0) for t in (0, 1)]
         h, whole = [], []
@@ -225,10 +246,7 @@ def zip_twin(
                 layers[t].matrix[unit, own[t]] -= np.linalg.inv(whole[t][at:, at:]) @ whole[t][at:, :at] @ change
             if compensate:
                 _match_spread(layers, (i, j), x, z, alpha, bias)
-        for t in (0, 1):
-            first = [pair[t] for pair in pairs]
-            rest = [unit for unit in range(layers[t].units) if unit not in first]
-            _reorder(zipped[t], number, first + rest)
+        _arrange(zipped, number, pairs)
         shared_before = len(pairs)
         changed = changed or len(pairs) > 0
     raise AssertionError("a network without layers")
@@ -327,6 +345,42 @@ def _merged(w_a: np.ndarray, w_b: np.ndarray, h: Sequence[np.ndarray], bias: boo
         total[np.ix_(at[t], at[t])] += h[t]
         wanted[at[t]] += h[t] @ w
     return np.linalg.inv(total) @ wanted
+
+
+def _cut_pairs(
+    w: Sequence[np.ndarray], h: Sequence[np.ndarray], columns: Sequence[np.ndarray]
+) -> tuple[np.ndarray, dict[tuple[int, int], list[np.ndarray]]]:
+    """For every pair, the one set of weights over shared columns that raises both errors least, and by how much.
+
+    w = (sum H_ss)^-1 (sum H_s: w_t), all other columns 0. Shared columns that one task lacks (of a smaller input) are
+    curvature 0 to it.
+    """
+    at = _common([len(each) for each in columns], bias=True)
+    size = max(len(each) for each in columns)
+    d, merged = np.empty((len(w[0]), len(w[1]))), {}
+    for i in range(len(w[0])):
+        for j in range(len(w[1])):
+            total, wanted = np.zeros((size, size)), np.zeros(size)
+            for t, unit in ((0, i), (1, j)):
+                total[np.ix_(at[t], at[t])] += h[t][np.ix_(columns[t], columns[t])]
+                wanted[at[t]] += h[t][columns[t]] @ w[t][unit]
+            found = np.linalg.inv(total) @ wanted
+            merged[i, j], d[i, j] = [], 0.0
+            for t, unit in ((0, i), (1, j)):
+                whole = np.zeros(w[t].shape[1])
+                whole[columns[t]] = found[at[t]]
+                merged[i, j].append(whole)
+                apart = w[t][unit] - whole
+                d[i, j] += 0.5 * apart @ h[t] @ apart
+    return d, merged
+
+
+def _arrange(networks: Sequence[Network], number: int, pairs: Sequence[tuple[int, int]]) -> None:
+    """Put the paired units first."""
+    for t in (0, 1):
+        first = [pair[t] for pair in pairs]
+        rest = [unit for unit in range(networks[t].layers[number].units) if unit not in first]
+        _reorder(networks[t], number, first + rest)
 
 
 def _put(matrix: np.ndarray, unit: int, columns: np.ndarray, merged: np.ndarray, bias: bool) -> None:

@@ -46,11 +46,13 @@ class JointInputs:
         layers: the layer in each task that takes part.
         segments: the shared input channels, by owners.
         bias: the tasks that have a bias here.
+        cross: whether a unit also reads inputs that not all of its owners have.
     """
 
     layers: Mapping[int, Layer]
     segments: tuple[Segment, ...]
     bias: Owners
+    cross: bool = True
 
     def private(self, task: int) -> Tensor:
         """The columns of a task's weight matrix that no other task has, the bias among them if that is so."""
@@ -60,11 +62,18 @@ class JointInputs:
         return _columns(own, layer.taps, [layer.inputs * layer.taps] if self.bias == (task,) else [])
 
     def common(self, owners: Iterable[int], task: int) -> CommonInputs:
-        """The inputs that a task shares with any of these owners."""
+        """The inputs that a task shares with any of these owners; without `cross`, with all of them."""
         others = set(owners)
-        segments = [s for s in self.segments if task in s.owners and others & set(s.owners)]
-        shares_bias = task in self.bias and others & set(self.bias)
+        segments = [s for s in self.segments if task in s.owners and self._met(others, s.owners)]
+        shares_bias = task in self.bias and self._met(others, self.bias)
         return CommonInputs(self.layers, segments, self.bias if shares_bias else ())
+
+    def read_by(self, owners: Owners, task: int) -> list[Segment]:
+        """The segments of a task that a unit of several owners reads."""
+        return [s for s in self.segments if task in s.owners and (self.cross or set(owners) <= set(s.owners))]
+
+    def _met(self, others: set[int], owners: Owners) -> bool:
+        return bool(others & set(owners)) if self.cross else others <= set(owners)
 
 
 class CommonInputs:
@@ -105,10 +114,13 @@ class CommonInputs:
         columns = self.columns(task)
         if self.width == rows.shape[1] and torch.equal(columns, torch.arange(self.width)):
             return rows
-        part = rows[:, columns.to(rows.device)]
+        return self.placed(task, rows[:, columns.to(rows.device)])
+
+    def placed(self, task: int, part: Float[Tensor, "units c"]) -> Float[Tensor, "units width"]:
+        """Weights over a task's common columns, with 0 where a connection is fictive."""
         if part.shape[1] == self.width:
             return part
-        return rows.new_zeros(len(rows), self.width).index_copy(1, self.places(task).to(rows.device), part)
+        return part.new_zeros(len(part), self.width).index_copy(1, self.places(task).to(part.device), part)
 
     def real(self, tasks: Iterable[int]) -> Bool[Tensor, " width"]:
         """Which of the common connections any of the tasks has; the others are fictive."""
@@ -141,7 +153,11 @@ def _columns(channels: np.ndarray, taps: int, bias: list[int]) -> Tensor:
 
 
 def align_inputs(
-    members: Sequence[Member], layers: Mapping[int, Layer], slots: Mapping[int, Slots] | None = None
+    members: Sequence[Member],
+    layers: Mapping[int, Layer],
+    slots: Mapping[int, Slots] | None = None,
+    *,
+    cross: bool = True,
 ) -> JointInputs:
     """Which inputs of a layer its tasks share: the networks' input by position, hidden units by their slots.
 
@@ -149,6 +165,7 @@ def align_inputs(
         members: the tasks.
         layers: the layer in each task that takes part.
         slots: where the units of each task stand, if not where the members say.
+        cross: whether units read inputs that not all of their owners have.
     """
     sources: dict[int | None, dict[int, _Read]] = {}
     for t, layer in layers.items():
@@ -157,7 +174,8 @@ def align_inputs(
     raw = {t: read.slots for t, read in sources.pop(None, {}).items()}
     segments = [Segment(tuple(raw), raw)] if len(raw) > 1 else []
     segments += [each for source, read in sources.items() if len(read) > 1 for each in _segments(source, read)]
-    return JointInputs(layers, tuple(segments), tuple(t for t, layer in layers.items() if layer.bias is not None))
+    bias = tuple(t for t, layer in layers.items() if layer.bias is not None)
+    return JointInputs(layers, tuple(segments), bias, cross)
 
 
 class _Read(NamedTuple):

@@ -55,8 +55,9 @@ class _Cutter:
                 inputs = len(channels) if len(channels) < block.shape[1] else None
                 specs.append(BlockSpec(name, tuple(block.shape), inputs))
                 order.append(channels)
-            rows.append(RowSpec(tuple(specs), _natural(np.concatenate(order))))
-        return Blocks(BlocksSpec(tuple(rows), self._order(task)), parameters)
+            absent = np.setdiff1d(np.arange(self._inputs.layers[task].inputs), np.concatenate(order))
+            rows.append(RowSpec(tuple(specs), _natural(np.concatenate([*order, absent])), len(absent)))
+        return Blocks(BlocksSpec(tuple(rows), self._order(task), self._apart(rows)), parameters)
 
     def bias(self, task: int) -> Blocks | None:
         """The bias of one task: a block per group of rows, shared by those of its owners that have a bias."""
@@ -68,7 +69,11 @@ class _Cutter:
             values = self._biases[task][torch.from_numpy(rows)]
             parameters[self._name(owners, users)] = self._tie(owners, users, values, bias=True)
         specs = tuple(RowSpec((BlockSpec(name, tuple(p.shape)),)) for name, p in parameters.items())
-        return Blocks(BlocksSpec(specs, self._order(task)), parameters)
+        return Blocks(BlocksSpec(specs, self._order(task), self._apart(specs)), parameters)
+
+    def _apart(self, rows: Sequence[RowSpec]) -> bool:
+        """Whether groups of rows are computed one by one: where some lack inputs, and where they can be common."""
+        return not self._inputs.cross and (len(rows) > 1 or any(row.absent for row in rows))
 
     def _order(self, task: int) -> tuple[int, ...] | None:
         return _natural(np.concatenate(list(self._rows[task].values())))
@@ -77,10 +82,11 @@ class _Cutter:
         """A task's input channels by the owners of the rows that also have them."""
         found: dict[Owners, list[np.ndarray]] = {}
         if len(owners) > 1:
-            for segment in self._inputs.segments:
-                if task in segment.owners:
-                    users = tuple(t for t in owners if t in segment.owners)
-                    found.setdefault(users, []).append(segment.channels[task])
+            for segment in self._inputs.read_by(owners, task):
+                users = tuple(t for t in owners if t in segment.owners)
+                found.setdefault(users, []).append(segment.channels[task])
+            if not self._inputs.cross:
+                return {users: np.concatenate(each) for users, each in found.items()}
         everything = np.arange(self._inputs.layers[task].inputs)
         left = np.setdiff1d(everything, np.concatenate([everything[:0], *(c for each in found.values() for c in each)]))
         if len(left):

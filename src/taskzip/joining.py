@@ -13,73 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from taskzip.adaptation import following, schur_complement
 from taskzip.alignment import CommonInputs, JointInputs
-from taskzip.curvature import LayerStatistics, damped
-from taskzip.difference import functional_difference
-from taskzip.factored import Factored, restricted
-from taskzip.graph import Layer
 from taskzip.matching import Matching, Pairs, match
+from taskzip.meeting import Meeting, TaskLayer
 from taskzip.members import Owners
-from taskzip.merging import merge_weights
 from taskzip.plan import Quota
 from taskzip.recalibration import match_spread
 from taskzip.slots import assign_slots, pair_in_slots
-from taskzip.sparsity import denser, support
-
-
-@dataclass(frozen=True)
-class TaskLayer:
-    """One task's layer as the joint layer sees it.
-
-    Attributes:
-        task: its number.
-        layer: what the graph says of it.
-        weights: all incoming weights [rows, inputs * taps + 1], bias last; divided by what batch-norm will divide each
-            row by, where the scale of a unit must not matter.
-        statistics: what the layer reads.
-        samples: over how many samples these were summed.
-        balance, damping: as for `zip`.
-        private: columns that no other task has and whose weights follow the shared ones; none if they stay.
-    """
-
-    task: int
-    layer: Layer
-    weights: Tensor
-    statistics: LayerStatistics
-    samples: int
-    balance: float
-    damping: float
-    private: Tensor
-
-    def curvature(self, common: CommonInputs) -> Tensor | Factored:
-        """H over common inputs, weighted by the balance, damped, 0 where a connection is fictive."""
-        h = self._curvature(common)
-        return common.curvature(self.task, schur_complement(h, len(h) - len(self.private)) if len(self.private) else h)
-
-    def followed(self, common: CommonInputs, before: Tensor, after: Tensor) -> Tensor:
-        """Rows of which the common weights were changed, with the private ones brought after them."""
-        if not len(self.private):
-            return after
-        columns = common.columns(self.task).to(after.device)
-        exists = support(before[:, self.private], bias=self._owns_bias())
-        change = following(self._curvature(common), after[:, columns] - before[:, columns], exists)
-        return after.index_add(1, self.private, change)
-
-    def _owns_bias(self) -> bool:
-        return int(self.private[-1]) == self.weights.shape[1] - 1
-
-    def _curvature(self, common: CommonInputs) -> Tensor | Factored:
-        """The same over the task's own columns: first what is common, then what is private."""
-        # Batch-norm takes the mean off again, for each task by itself, so that only the spread matters.
-        s = self.statistics
-        moments = s.rows * s.covariance() if self.layer.batch_norm else s.curvature
-        columns = torch.cat([common.columns(self.task).to(self.weights.device), self.private])
-        return damped(self.balance / self.samples * restricted(moments, columns), self.damping)
-
-    def common(self, common: CommonInputs, rows: Tensor) -> Tensor:
-        """The weights of some rows over common inputs."""
-        return common.weights(self.task, self.weights[rows])
 
 
 @dataclass(frozen=True)
@@ -134,6 +74,7 @@ class JointLayer:
         rows: Mapping[int, np.ndarray],
         pairing: Pairing,
         slots: Mapping[int, np.ndarray] | None = None,
+        common: Mapping[int, np.ndarray] | None = None,
     ) -> None:
         """The first task's units alone.
 
@@ -143,6 +84,7 @@ class JointLayer:
             rows: per task that takes part, the rows of each unit, [units, rows of a unit].
             pairing: how units find their partners.
             slots: per task, where the units stand; None where this layer decides.
+            common: per task, labels of its units; those of equal labels share their weights before all others.
         """
         self.costs: list[Tensor] = []
         self._sides = sides
@@ -150,6 +92,7 @@ class JointLayer:
         self._rows = {t: torch.from_numpy(each).to(sides[t].weights.device) for t, each in rows.items()}
         self._pairing = pairing
         self._given = slots
+        self._common = common
         self.weights = {t: sides[t].weights for t in rows}
         first, *self._others = rows
         self.slots = {first: np.arange(len(rows[first])) if slots is None else slots[first]}
@@ -214,21 +157,22 @@ class JointLayer:
     def _add(self, task: int) -> None:
         """Pair the units of one more task with joint units, and merge the weights of the pairs."""
         candidates = [(owners, self._inputs.common(owners, task)) for owners in self.groups]
-        meetings = [_Meeting(self, owners, task, common) for owners, common in candidates if common.channels]
+        meetings = [self._meeting(owners, task, common) for owners, common in candidates if common.channels]
         slots = np.concatenate([np.empty(0, np.int64), *(self.groups[m.owners].slots for m in meetings)])
-        pairs = self._pair(task, [m.difference for m in meetings], slots)
+        pairs = self._pair(task, meetings, slots)
         self.costs.append(pairs.cost)
         start = 0
         for meeting in meetings:
-            inside = (pairs.a >= start) & (pairs.a < start + len(meeting.units))
+            inside = (pairs.a >= start) & (pairs.a < start + meeting.units)
             self._merge(meeting, pairs.a[inside] - start, pairs.b[inside])
-            start += len(meeting.units)
+            start += meeting.units
         free = _without(self._all_units(task), pairs.b)
         if len(free):
             self.groups[task,] = Group(free, self.slots[task][free[:, 0].cpu().numpy()])
 
-    def _pair(self, task: int, difference: list[Tensor], slots: np.ndarray) -> Pairs:
+    def _pair(self, task: int, meetings: Sequence[Meeting], slots: np.ndarray) -> Pairs:
         """Which joint units the units of a task share weights with; settles in which slots the task's units stand."""
+        difference = [meeting.difference for meeting in meetings]
         new, count = len(self._rows[task]), 1 + max(int(each.max()) for each in self.slots.values())
         pairing, quota = self._pairing, self._pairing.quota
         if self._given is None and not pairing.aligned:
@@ -246,11 +190,37 @@ class JointLayer:
             else self._given[task]
         )
         pairs = pair_in_slots(
-            cost, slots, self.slots[task], count=quota.pairs, threshold=quota.threshold, method=method, seed=seed
+            cost,
+            slots,
+            self.slots[task],
+            count=quota.pairs,
+            threshold=quota.threshold,
+            method=method,
+            seed=seed,
+            first=self._alike(task, meetings),
         )
         return Pairs(*(each.to(self.weights[task].device) for each in pairs))
 
-    def _merge(self, meeting: _Meeting, joint: Tensor, new: Tensor) -> None:
+    def _alike(self, task: int, meetings: Sequence[Meeting]) -> np.ndarray | None:
+        """Which joint units were common with which units of a task before, [joint, new]."""
+        if self._common is None:
+            return None
+        found = [np.empty((0, len(self._rows[task])), bool)]
+        for meeting in meetings:
+            units = self.groups[meeting.owners].units.cpu().numpy()
+            labels = [self._common[t][units[:, k]] for k, t in enumerate(meeting.owners)]
+            found.append(np.all([each[:, None] == self._common[task] for each in labels], axis=0))
+        return np.concatenate(found)
+
+    def _meeting(self, owners: Owners, task: int, common: CommonInputs) -> Meeting:
+        """The units of a group and those of a new task, as they are now."""
+        units = self.groups[owners].units
+        rows = {t: self._rows_of(t, units[:, k]) for k, t in enumerate(owners)}
+        rows[task] = self._rows[task].flatten()
+        height = self._rows[task].shape[1]
+        return Meeting(self._sides, owners, task, common, lambda t: self.weights[t][rows[t]], height)
+
+    def _merge(self, meeting: Meeting, joint: Tensor, new: Tensor) -> None:
         if not len(joint):
             return
         merged = meeting.merged(joint, new)
@@ -259,8 +229,7 @@ class JointLayer:
         units = torch.cat([group.units[joint], new[:, None]], dim=1)
         for k, t in enumerate(owners):
             rows = self._rows_of(t, units[:, k])
-            before = self.weights[t][rows]
-            after = self._sides[t].followed(meeting.common, before, meeting.common.write(t, before, merged))
+            after = meeting.written(t, self.weights[t][rows], merged)
             self.weights[t] = self.weights[t].index_copy(0, rows, after)
         left = _without(torch.arange(len(group.units), device=joint.device), joint)
         if len(left):
@@ -275,44 +244,6 @@ class JointLayer:
 
     def _rows_of(self, task: int, units: Tensor) -> Tensor:
         return self._rows[task][units].flatten()
-
-
-class _Meeting:
-    """The joint units of one group and the units of a new task, over the inputs that all of them share."""
-
-    def __init__(self, joint: JointLayer, owners: Owners, task: int, common: CommonInputs) -> None:
-        self.owners, self.task, self.common = owners, task, common
-        self.units = joint.groups[owners].units
-        sides = joint._sides
-        own = [sides[t].curvature(common) for t in owners]
-        self._curvatures = (sum(own[1:], start=own[0]), sides[task].curvature(common))
-        self._weights = (self._gathered(joint), common.weights(task, joint.weights[task][joint._rows[task].flatten()]))
-        self._height = joint._rows[task].shape[1]
-        self.difference = functional_difference(*self._weights, *self._curvatures, rows=self._height)
-
-    def _gathered(self, joint: JointLayer) -> Tensor:
-        """The joint weights: what several owners have, all of them have alike."""
-        whole = joint.weights[self.task].new_zeros(len(self.units) * joint._rows[self.task].shape[1], self.common.width)
-        for k, t in enumerate(self.owners):
-            rows = joint.weights[t][joint._rows_of(t, self.units[:, k])]
-            places, columns = (each.to(whole.device) for each in (self.common.places(t), self.common.columns(t)))
-            whole[:, places] = rows[:, columns]
-        return whole
-
-    def merged(self, joint: Tensor, new: Tensor) -> Tensor:
-        """The common weights of pairs, [pairs * rows of a unit, common width]."""
-        rows = [w.unflatten(0, (-1, self._height)) for w in self._weights]
-        weights = [rows[0][joint].flatten(0, 1), rows[1][new].flatten(0, 1)]
-        return merge_weights(weights, self._curvatures, self._exists(weights))
-
-    def _exists(self, weights: Sequence[Tensor]) -> Tensor | None:
-        """Which connections merged units have: those of the task that has more of them (Sec. 3.6)."""
-        one, other = (support(w, bias=self.common.bias) for w in weights)
-        if one is None or other is None:
-            return None
-        # Where one of them has none, the other one decides.
-        real = [self.common.real(self.owners).to(one.device), self.common.real([self.task]).to(one.device)]
-        return denser([torch.where(real[0], one, other), torch.where(real[1], other, one)])
 
 
 def _without(units: Tensor, taken: Tensor) -> Tensor:

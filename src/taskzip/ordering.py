@@ -16,8 +16,8 @@ import torch
 from taskzip.alignment import align_inputs
 from taskzip.correspondence import JointLayers
 from taskzip.difference import functional_difference
-from taskzip.joining import TaskLayer
 from taskzip.matching import Matching
+from taskzip.meeting import TaskLayer
 from taskzip.members import Member, Slots
 from taskzip.plan import Quota
 from taskzip.slots import assign_slots

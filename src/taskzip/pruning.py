@@ -85,6 +85,7 @@ def prune(
         spread=None,
         residual="coupled",
         aligned=None,
+        cross=True,
         batch_norm="private",
         layers=None,
         damping=damping,

@@ -33,6 +33,7 @@ class Settings:
     spread: bool
     residual: Residual
     aligned: bool | None
+    cross: bool
     batch_norm: Norms
     layers: Layers | None
     damping: float
@@ -53,6 +54,7 @@ class Settings:
             "spread": self.spread,
             "residual": self.residual,
             "aligned": self.aligned,
+            "cross": self.cross,
             "batch_norm": self.batch_norm,
             "layers": _plain(self.layers),
             "damping": self.damping,
@@ -74,6 +76,7 @@ def read_settings(
     spread: bool | None,
     residual: Residual,
     aligned: bool | None,
+    cross: bool,
     batch_norm: Norms,
     layers: Layers | None,
     damping: float,
@@ -95,7 +98,8 @@ def read_settings(
         compensate is True if _one_of("adapt", adapt, (None, True, False)) is None else bool(adapt),
         compensate is True if _one_of("spread", spread, (None, True, False)) is None else bool(spread),
         _one_of("residual", residual, ("coupled", "independent")),
-        _one_of("aligned", aligned, (None, True, False)),
+        _aligned(aligned, cross),
+        bool(_one_of("cross", cross, (True, False))),
         _one_of("batch_norm", batch_norm, ("private", "fold")),
         layers if isinstance(layers, Mapping) else _one_of("layers", layers, (None, "order", "name")),
         _not_negative("damping", damping),
@@ -127,6 +131,15 @@ def _balance(names: Sequence[str], balance: float | Sequence[float] | Mapping[st
     if len(weights) != len(names) or not all(0 < b < 1 for b in weights) or abs(sum(weights) - 1) > 1e-6:
         raise InputError(f"balance {weights} must give each of the {len(names)} tasks a weight above 0, summing to 1.")
     return tuple(weights)
+
+
+def _aligned(aligned: bool | None, cross: bool) -> bool | None:
+    if _one_of("aligned", aligned, (None, True, False)) and cross is False:
+        raise InputError(
+            "aligned=True lets shared units read inputs that the tasks do not share, cross=False forbids it: leave one "
+            "of them away."
+        )
+    return aligned
 
 
 def _one_of(name: str, value: Any, known: Sequence[Any]) -> Any:

@@ -54,6 +54,7 @@ def pair_in_slots(
     threshold: float | None,
     method: Matching,
     seed: int,
+    first: np.ndarray | None = None,
 ) -> Pairs:
     """Which new units share the weights of a joint unit in their slot: the `count` cheapest.
 
@@ -64,6 +65,7 @@ def pair_in_slots(
         count: how many pairs at most.
         threshold: only where d is at most this.
         method, seed: as for `match`; "random" draws among the pairs.
+        first: pairs that come before all others, [joint, new].
     """
     same = np.where(slots[:, None] == taken[None, :], cost, np.inf)
     if not same.size:
@@ -72,4 +74,6 @@ def pair_in_slots(
     d = same[a, b]
     able = np.flatnonzero(np.isfinite(d) if threshold is None else d <= threshold)
     order = np.random.default_rng(seed).permutation(able) if method == "random" else able[np.argsort(d[able])]
+    if first is not None:
+        order = order[np.argsort(~first[a, b][order], kind="stable")]
     return choose(cost, a[order[:count]], b[order[:count]])

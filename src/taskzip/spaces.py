@@ -117,3 +117,10 @@ def alike(layers: JointLayers) -> JointLayers:
     able = {t: layer for t, layer in layers.items() if not layer.pinned}
     forms = [layer.form for layer in able.values()]
     return {t: layer for t, layer in able.items() if layer.form == max(forms, key=forms.count)}
+
+
+def of_one_kind(layers: JointLayers) -> JointLayers:
+    """Those with a bias, or those without one: whichever are more."""
+    biased = [layer.bias is not None for layer in layers.values()]
+    most = 2 * sum(biased) >= len(biased)
+    return {t: layer for t, layer in layers.items() if (layer.bias is not None) == most}

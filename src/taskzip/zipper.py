@@ -10,18 +10,20 @@ from torch import Tensor
 
 from taskzip.alignment import JointInputs, align_inputs
 from taskzip.assembly import install_blocks
+from taskzip.common_units import CommonUnits
 from taskzip.correspondence import JointLayers
 from taskzip.curvature import LayerStatistics
 from taskzip.errors import InputError
 from taskzip.graph import OUTPUT, Layer
-from taskzip.joining import JointLayer, Pairing, TaskLayer
+from taskzip.joining import JointLayer, Pairing
+from taskzip.meeting import TaskLayer
 from taskzip.members import Member, Owners
 from taskzip.ordering import stream_slots
 from taskzip.plan import Quota
 from taskzip.recalibration import batch_norm_statistics, least_squares
 from taskzip.recording import Recorder
 from taskzip.settings import Settings
-from taskzip.spaces import JointSpaces, Part, alike
+from taskzip.spaces import JointSpaces, Part, alike, of_one_kind
 from taskzip.zipped import LayerRecord
 
 NONE = torch.empty(0, dtype=torch.long)
@@ -38,7 +40,9 @@ class Zipper:
         self.recorder = Recorder(members)
         shares = any(self._quota(layer, parts).pairs for layer in layers if (parts := self.spaces.parts(layer)))
         streams = self.spaces.streams if shares else set()
-        self.aligned = shares and (bool(streams) if settings.aligned is None else settings.aligned)
+        self.common = CommonUnits(members)
+        aligned = bool(streams) and settings.cross if settings.aligned is None else settings.aligned
+        self.aligned = shares and aligned
         coupled = self.spaces.twisted | (streams if settings.residual == "coupled" else set()) if shares else set()
         if coupled:
             self._couple(layers, coupled)
@@ -61,9 +65,12 @@ class Zipper:
         for t, layer in layers.items():
             settle(members[t], layer, statistics[t], weights[t], settings)
         if joints:
-            self.recorder.record(name, inputs, parts, joints, [self._is_aligned(part) for part in parts])
+            aligned = [self.settings.cross and self._is_aligned(part) for part in parts]
+            self.recorder.record(name, inputs, parts, joints, aligned)
         for part, joint in zip(parts, joints, strict=False):
             self._place(part, joint)
+        if not settings.cross:
+            self.common.write(layers, parts, joints)
         shared = sum(joint.shared_rows() for joint in joints)
         if shared:
             groups = {t: _shared_rows(t, parts, joints) for t in inputs.layers}
@@ -108,14 +115,16 @@ class Zipper:
 
     def _participants(self, layers: JointLayers) -> tuple[JointInputs, list[Part], str]:
         """The tasks whose layers share, the inputs they share, the units that can pair; or why there are none."""
-        able = alike(layers)
+        able, cross = alike(layers), self.settings.cross
+        if not cross:
+            able = of_one_kind(able)
         parts = self.spaces.parts(able) if len(able) > 1 else []
         obstacle = "" if len(layers) == len(able) else self._obstacle(layers, able)
         if len(layers) == 1:
             obstacle = obstacle or "no other network has such a layer"
         elif len(able) > 1 and not parts:
             obstacle = "its units are used in different ways by the networks"
-        inputs = align_inputs(self.members, able)
+        inputs = align_inputs(self.members, able, None if cross else self.common.slots(), cross=cross)
         if parts and not inputs.segments:
             parts, obstacle = [], "no inputs in common (what it reads is not shared, or differs in size)"
         return inputs, parts, "" if parts else obstacle
@@ -126,6 +135,8 @@ class Zipper:
             if layer.pinned:
                 return f"{self.members[t].task.name}: {layer.pinned}"
         first, other = next(iter(able.values())), next(x for t, x in layers.items() if t not in able)
+        if first.form == other.form:
+            return "with cross=False a shared unit has one bias, and not all of the networks have one here"
         return f"a {first.form} and a {other.form} have no weights in common"
 
     def _side(
@@ -137,13 +148,14 @@ class Zipper:
         private: Tensor,
         *,
         normed: bool = True,
+        cross: bool = True,
     ) -> TaskLayer:
         """A task's layer, free of its units' scale where batch-norm follows, if that is wanted."""
         if layer.batch_norm and normed:
             weights = weights / self.members[task].batch_norm_scale(layer)[:, None]
         samples, balance = self.members[task].samples, self.settings.balance[task]
         damping, private = self.settings.damping, private.to(weights.device)
-        return TaskLayer(task, layer, weights, statistics, samples, balance, damping, private)
+        return TaskLayer(task, layer, weights, statistics, samples, balance, damping, private, cross)
 
     def _join(
         self,
@@ -155,8 +167,9 @@ class Zipper:
     ) -> list[JointLayer]:
         """Lines 4 to 9 of Algorithm 1, one task after another, for the units of each joint space by themselves."""
         normed = all(layer.batch_norm for layer in inputs.layers.values())
+        adapt, cross = self.settings.adapt and inputs.cross, inputs.cross
         sides = {
-            t: self._side(t, layer, weights[t], s, inputs.private(t) if self.settings.adapt else NONE, normed=normed)
+            t: self._side(t, layer, weights[t], s, inputs.private(t) if adapt else NONE, normed=normed, cross=cross)
             for t, layer in inputs.layers.items()
             if (s := statistics[t]) is not None
         }
@@ -168,7 +181,8 @@ class Zipper:
                 {t: self.members[t].slots[space][1] for t, space in part.spaces.items()} if placed and not own else None
             )
             pairing = Pairing(each, self.settings.matching, self.settings.seed, self._is_aligned(part) and not own)
-            joint = JointLayer(sides, inputs, part.rows, pairing, given)
+            common = None if inputs.cross else self.common.of(part)
+            joint = JointLayer(sides, inputs, part.rows, pairing, given, common)
             if self.settings.spread:
                 joint.match_spread()
             joints.append(joint)

@@ -41,6 +41,7 @@ def zip_tasks(
     spread: bool | None = None,
     residual: Residual = "coupled",
     aligned: bool | None = None,
+    cross: bool = True,
     batch_norm: Norms = "private",
     layers: Layers | None = None,
     damping: float = 1e-2,
@@ -79,6 +80,11 @@ def zip_tasks(
         aligned: whether a later layer shares its weights over all inputs, as if all units of the layer before it were
             paired (Sec. 3.7), or only over inputs whose units share their weights. Units of residual streams are paired
             in any case. Default: where there are residual streams.
+        cross: whether a shared unit also has private weights, from the private units of each of its tasks. Without them
+            it reads only units that all of its tasks share, and what the others gave it is made up for by least
+            squares: shared units of all layers are then one network of their own, which `zipped(x)` and ONNX files
+            compute once for all tasks. Inputs are then not aligned, and of residual streams it reads the units that all
+            layers before it share.
         batch_norm: "private": every task keeps its own, and its statistics follow the merged weights (design 2.4);
             "fold": it becomes part of the layer before it, so that fully shared layers are common to all tasks. One
             that does not directly follow a layer stays private.
@@ -114,6 +120,7 @@ def zip_tasks(
         spread=spread,
         residual=residual,
         aligned=aligned,
+        cross=cross,
         batch_norm=batch_norm,
         layers=layers,
         damping=damping,

@@ -18,11 +18,13 @@ from taskzip.errors import ExportError, InputError, first_line
 from taskzip.export.example import Call, Example
 from taskzip.export.failures import place, reason
 from taskzip.export.outputs import named_tensors
+from taskzip.export.selections import move_selections
 from taskzip.export.splitting import split_layers
 from taskzip.files import replacing
 from taskzip.observation import evaluating
 from taskzip.task import device_of
 from taskzip.zipped import ZippedModel
+from taskzip.zipped.blocks import installed, spec_of
 
 TOLERANCE = 1e-4
 """How far the file's outputs may lie from PyTorch's, relative to the largest output of that name.
@@ -173,7 +175,8 @@ def _model(
     except Exception as error:  # torch raises whatever the network raises, and a dozen classes of its own
         raise _explained(error, networks, example, dynamic_batch) from error
     with _quiet():
-        _unite(model, by_block)
+        apart = any(spec_of(b).apart for network in networks.values() for b in installed(network).values())
+        _unite(model, by_block, apart)
         _name(model, list(example.tensors), outputs)
     _name_batches(model, example.batches)
     return model
@@ -218,8 +221,11 @@ def _quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def _unite(model: Any, by_block: bool) -> None:
-    """Compute shapes that are known, split layers if wanted; then equal constants become one, and equal nodes."""
+def _unite(model: Any, by_block: bool, apart: bool) -> None:
+    """Compute shapes that are known, split layers if wanted; then equal constants become one, and equal nodes.
+
+    Where units are computed `apart`, so is what is done with them up to the next layer.
+    """
     import onnx_ir.passes.common as passes
     from onnxscript import optimizer
 
@@ -231,6 +237,8 @@ def _unite(model: Any, by_block: bool) -> None:
     if by_block:
         split_layers(model)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    if apart:
+        move_selections(model)
     _straighten(model)
     for each in (
         passes.DeduplicateHashedInitializersPass(size_limit=LARGEST),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from taskzip.errors import InputError
+from taskzip.zipped.apart import apart_forward
 
 
 @dataclass(frozen=True)
@@ -27,21 +28,38 @@ class BlockSpec:
 
 @dataclass(frozen=True)
 class RowSpec:
-    """Units that the same tasks own: blocks side by side, then put into the order in which the task's inputs lie."""
+    """Units that the same tasks own: blocks side by side, then put into the order in which the task's inputs lie.
+
+    Behind the blocks come so many `absent` inputs, which these units do not read.
+    """
 
     blocks: tuple[BlockSpec, ...]
     order: tuple[int, ...] | None = None
+    absent: int = 0
+
+    @property
+    def inputs(self) -> int:
+        """How many inputs there are, with those that are not read."""
+        return self.absent + sum(b.shape[1] if b.inputs is None else b.inputs for b in self.blocks)
+
+    def read(self) -> tuple[int, ...]:
+        """Which inputs the units read, in the order of the blocks."""
+        order = range(self.inputs) if self.order is None else self.order
+        places = sorted(range(len(order)), key=order.__getitem__)
+        return tuple(places[: len(places) - self.absent])
 
 
 @dataclass(frozen=True)
 class BlocksSpec:
     """How one task's weight is put together: groups of rows one below the other, then in the order of the task's units.
 
-    Plain data, for the checkpoint.
+    Where they are `apart`, a layer of torch computes each group by itself, from the inputs that it reads. Plain data,
+    for the checkpoint.
     """
 
     rows: tuple[RowSpec, ...]
     order: tuple[int, ...] | None = None
+    apart: bool = False
 
     @property
     def dense_shape(self) -> tuple[int, ...]:
@@ -50,7 +68,7 @@ class BlocksSpec:
         first = self.rows[0].blocks
         if len(first[0].shape) == 1:
             return (rows,)
-        return (rows, sum(b.shape[1] if b.inputs is None else b.inputs for b in first), *first[0].shape[2:])
+        return (rows, self.rows[0].inputs, *first[0].shape[2:])
 
     @property
     def is_one_block(self) -> bool:
@@ -70,10 +88,12 @@ class BlocksSpec:
                 RowSpec(
                     tuple(BlockSpec(b["name"], tuple(b["shape"]), b["inputs"]) for b in row["blocks"]),
                     None if row["order"] is None else tuple(row["order"]),
+                    row.get("absent", 0),
                 )
                 for row in d["rows"]
             ),
             None if d["order"] is None else tuple(d["order"]),
+            d.get("apart", False),
         )
 
 
@@ -89,21 +109,49 @@ class Blocks(nn.Module):
         for row in spec.rows:
             for block in row.blocks:
                 self.register_parameter(block.name, parameters[block.name])
+        device = next(self.parameters()).device
         for i, each in enumerate([*(row.order for row in spec.rows), spec.order]):
-            order = None if each is None else torch.tensor(each, device=next(self.parameters()).device)
+            order = None if each is None else torch.tensor(each, device=device)
             self.register_buffer(f"_order{i}", order, persistent=False)
+        weights = spec.apart and len(spec.dense_shape) > 1
+        for i, row in enumerate(spec.rows if weights else ()):
+            reads = row.read()
+            if list(reads) != list(range(reads[0], reads[0] + len(reads))):
+                self.register_buffer(f"_read{i}", torch.tensor(reads, device=device), persistent=False)
 
     def forward(self) -> Tensor:
         """The dense weight, [units, inputs, *kernel], or the bias, [units]."""
         rows = [self._row(row, getattr(self, f"_order{i}")) for i, row in enumerate(self._spec.rows)]
-        whole = rows[0] if len(rows) == 1 else torch.cat(rows)
-        order = getattr(self, f"_order{len(rows)}")
-        return whole if order is None else whole.index_select(0, order)
+        return self._ordered(rows[0] if len(rows) == 1 else torch.cat(rows), 0)
+
+    def _groups(self) -> list[Tensor]:
+        """The weights of each group of units from the inputs that it reads, or its biases."""
+        return [self._beside(row) for row in self._spec.rows]
+
+    def _reads(self) -> list[tuple[int, int] | Tensor | None]:
+        """Which inputs each group reads: a start and a length, numbers, or None for all."""
+        return [self._reads_of(i, row) for i, row in enumerate(self._spec.rows)]
+
+    def _ordered(self, units: Tensor, dim: int) -> Tensor:
+        """What lies group by group, in the order of the task's units."""
+        order = getattr(self, f"_order{len(self._spec.rows)}")
+        return units if order is None else units.index_select(dim, order)
+
+    def _reads_of(self, i: int, row: RowSpec) -> tuple[int, int] | Tensor | None:
+        if f"_read{i}" in self._buffers:
+            return self._buffers[f"_read{i}"]
+        return (row.read()[0], row.inputs - row.absent) if row.absent else None
 
     def _row(self, row: RowSpec, order: Tensor | None) -> Tensor:
-        blocks = [self._part(block) for block in row.blocks]
-        whole = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+        whole = self._beside(row)
+        if row.absent:
+            absent = whole.new_zeros(len(whole), row.absent, *whole.shape[2:])
+            whole = torch.cat([whole, absent], dim=1)
         return whole if order is None else whole.index_select(1, order)
+
+    def _beside(self, row: RowSpec) -> Tensor:
+        blocks = [self._part(block) for block in row.blocks]
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
 
     def _part(self, block: BlockSpec) -> Tensor:
         parameter: Tensor = self.get_parameter(block.name)
@@ -139,10 +187,15 @@ _classes: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
 
 
 def zipped_class(original: type[nn.Module], attributes: tuple[str, ...]) -> type[nn.Module]:
-    """A subclass of the module's own class in which the attributes are computed: its forward stays the user's."""
+    """A subclass of the module's own class in which the attributes are computed.
+
+    Its forward stays the user's; that of torch's own layers may compute groups of units one by one.
+    """
     if (original, attributes) not in _classes:
         computed: dict[str, Any] = {attribute: _computed(attribute) for attribute in attributes}
         computed |= {"zipped_attributes": attributes, "original_class": original, "__module__": __name__}
+        if (forward := apart_forward(original)) is not None and "weight" in attributes:
+            computed["forward"] = forward
         _classes[original, attributes] = type(f"Zipped{original.__name__}", (Zipped, original), computed)
     return _classes[original, attributes]
 

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from taskzip.errors import InputError
-from taskzip.zipped.blocks import Blocks
+from taskzip.zipped.blocks import Blocks, spec_of
 from taskzip.zipped.memo import Memo
 
 # While a function mode is on, torch takes another way through its own attention, and the last bits differ.
@@ -54,7 +54,8 @@ def run_jointly(networks: Mapping[str, nn.Module], args: tuple[Any, ...], kwargs
         args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, (args, kwargs))
         inputs = _tensors((args, kwargs))
         versions = [tensor._version for tensor in inputs]
-        memo = Memo([*([tensor] for tensor in (*inputs, *weights.values())), *_equal_buffers(modules, weights)])
+        common = [*([tensor] for tensor in (*inputs, *weights.values())), *_equal_buffers(modules, weights)]
+        memo = Memo(common, _apart(modules))
         outputs = {}
         try:
             for left, (name, network) in zip(reversed(range(len(networks))), networks.items(), strict=True):
@@ -106,7 +107,10 @@ def _run(network: nn.Module, memo: Memo, args: tuple[Any, ...], kwargs: dict[str
 
 
 def _shared_weights(modules: Sequence[Mapping[str, nn.Module]]) -> dict[int, Tensor]:
-    """The parameters of several networks by their ids, blocks of weights only where all of the weight is shared."""
+    """The parameters of several networks by their ids.
+
+    Blocks of weights only where all of the weight is shared, or where groups of units are computed one by one.
+    """
     users = Counter(
         i for each in modules for i in {id(p) for module in each.values() for p in _own(module._parameters)}
     )
@@ -114,9 +118,16 @@ def _shared_weights(modules: Sequence[Mapping[str, nn.Module]]) -> dict[int, Ten
     for module in (module for each in modules for module in each.values()):
         own = _own(module._parameters)
         shared = {id(parameter): parameter for parameter in own if users[id(parameter)] > 1}
-        if len(shared) == len(own) or not isinstance(module, Blocks):
+        if len(shared) == len(own) or not isinstance(module, Blocks) or spec_of(module).apart:
             found |= shared
     return found
+
+
+def _apart(modules: Sequence[Mapping[str, nn.Module]]) -> Iterator[Tensor]:
+    """Blocks of layers that compute groups of units one by one."""
+    for module in (module for each in modules for module in each.values()):
+        if isinstance(module, Blocks) and spec_of(module).apart:
+            yield from _own(module._parameters)
 
 
 def _equal_buffers(modules: Sequence[Mapping[str, nn.Module]], weights: Mapping[int, Tensor]) -> Iterator[list[Tensor]]:

@@ -4,6 +4,9 @@ The number of a result stands for the function, its settings, and the numbers of
 with those that are called common. Equal numbers are equal values; what has no number is computed as ever. This is
 common-subexpression elimination by value numbering (J. Cocke, J. T. Schwartz, *Programming Languages and Their
 Compilers*, 1970), done while the program runs.
+
+Where a layer computes shared units by themselves, what they read is part of a larger result that is not common. There
+the values decide: if they equal those that an earlier task gave to the same weights, the answer is known too.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import TensorWeakRef
@@ -25,6 +29,8 @@ _FACTS = (_SETTINGS | {float, complex}) - {type(None)}
 _PURE = {"interpolate", "normalize", "float", "half", "double", "local_response_norm", "grid_sample", "fold"}
 _PURE |= {"softmin", "softsign", "tanhshrink"}
 _PURE |= {"__getitem__", "__rsub__", "__rdiv__", "__rpow__", "__rmatmul__"}
+# Functions of an input and a weight, for which equal inputs are looked up by their values.
+_LAYERS = {F.linear, torch.conv1d, torch.conv2d, torch.conv3d}
 # They change more of a tensor than what is counted.
 _EFFECTS = {"requires_grad_", "retain_grad", "detach_", "set_", "set_data", "resize_", "resize_as_"}
 # Undetermined or random, though their operators are not marked so.
@@ -40,13 +46,16 @@ class Memo(TorchFunctionMode):
 
     Args:
         common: groups of tensors; those of a group have the same values.
+        by_value: weights whose inputs are compared by their values, where no gradient depends on these.
 
     Attributes:
         last: whether nobody comes after the present user, so that nothing new is kept and what is recalled is let go.
     """
 
-    def __init__(self, common: Iterable[list[Tensor]]) -> None:
+    def __init__(self, common: Iterable[list[Tensor]], by_value: Iterable[Tensor] = ()) -> None:
         super().__init__()
+        self._by_value = {id(weight) for weight in by_value}
+        self._inputs: dict[int, list[tuple[Tensor, int, int]]] = {}  # by the weight's number
         self.last = False
         self._known: dict[Hashable, int] = {}
         self._numbers: dict[int, tuple[TensorWeakRef, int, int]] = {}  # by the id of the tensor
@@ -82,6 +91,8 @@ class Memo(TorchFunctionMode):
         if not any(id(tensor) in self._numbers for tensor in tensors):
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
+        if func in _LAYERS:
+            self._recognise(*tensors[:2])
         writes = bool(kwargs.get("inplace")) or (name[-1:] == "_" and name[-2:] != "__")
         pure = _is_pure(func, name, args, kwargs)
         number = self._number_of(func, parts) if pure else None
@@ -129,6 +140,22 @@ class Memo(TorchFunctionMode):
             else:
                 return None
         return self._known.setdefault(tuple(key), len(self._known))
+
+    def _recognise(self, x: Tensor, weight: Tensor) -> None:
+        """Give what a layer reads the number of equal values that another task gave to the same weight."""
+        key, own = self._number(weight), self._number(x)
+        if id(weight) not in self._by_value or key is None or not _comparable(x):
+            return
+        seen = [each for each in self._inputs.pop(key, []) if each[0]._version == each[1]]
+        alike = (number for other, _, number in seen if number == own or _equal(x, other))
+        number = next(alike, own)
+        if number is None and not self.last:
+            number = self._known.setdefault(("read", len(self._known)), len(self._known))
+        if number is not None:
+            self._note(x, number)
+        if not self.last:
+            new = all(number != each[2] for each in seen)
+            self._inputs[key] = [*seen, (x, x._version, number)] if new and number is not None else seen
 
     def _store(self, number: int, result: Any, tensors: list[Tensor], writes: bool) -> None:
         if isinstance(result, (tuple, list)):  # of `chunk`, `topk` and their kind only the parts have numbers
@@ -179,6 +206,8 @@ class Memo(TorchFunctionMode):
         for number, (result, _) in list(self._results.items()):
             if _memory(result) in places:
                 del self._results[number]
+        for key, seen in self._inputs.items():
+            self._inputs[key] = [each for each in seen if _memory(each[0]) not in places]
         self._exposed |= any(_memory(tensor) in places for tensor, _ in self._alive())
 
 
@@ -251,6 +280,16 @@ def _plain(value: Any) -> bool:
 def _usable(value: Any) -> bool:
     """Whether a result can have a number."""
     return _plain(value) and not value.is_inference()
+
+
+def _comparable(tensor: Tensor) -> bool:
+    """Whether values may decide: an equal tensor that came about otherwise has other gradients."""
+    captured = tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+    return _usable(tensor) and not tensor.requires_grad and not captured
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
 
 
 def _memory(tensor: Tensor) -> int:
