@@ -12,13 +12,13 @@ from taskzip.errors import ExportError, first_line, line_in_code, place_in_code
 
 
 def reason(error: BaseException) -> str:
-    """The line that says what is wrong, from an error of torch.export, torch.onnx or the network itself."""
+    """The line that says what is wrong, from an error of an exporter or the network itself."""
     import torch.onnx
 
     *_, innermost = _chain(error)
     # torch.onnx wraps what went wrong in advice on how to extend it.
     told = first_line(innermost if isinstance(error, torch.onnx.OnnxExporterError) else error)
-    told = re.split(r"[.!;]? For more information|[.!;]? Failure message|[.!;]? See the stack trace", told)[0]
+    told = re.split(r"[.!;]? (?:For more information|Failure message|See the stack trace|\(https?://)", told)[0]
     return told if len(told) <= 300 else f"{told[:300]} ..."
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from taskzip.export.agreement import check_same
 from taskzip.export.example import Example
 from taskzip.export.failures import explained, reason
 from taskzip.export.joint import Joint, chosen, outputs
+from taskzip.export.quiet import quietly
 from taskzip.export.target import writable, writing
 from taskzip.observation import evaluating
 from taskzip.task import device_of
@@ -93,7 +91,7 @@ def _model(networks: dict[str, nn.Module], example: Example, outputs: list[str],
             return _program({name: networks[name]}, example.only(name), None, dynamic)
 
         raise explained(error, networks, alone, dynamic_batch, "dynamic_batch=False") from error
-    with _quiet():
+    with quietly():
         _unite(model)
         _name(model, list(example.tensors), outputs)
     _name_batches(model, example.batches)
@@ -109,7 +107,7 @@ def _program(networks: dict[str, nn.Module], example: Example, outputs: list[str
         tensors = list(example.repeated(2).values())  # torch.export takes a size of 1 for one that never changes
         axes = {batch: torch.export.Dim(batch) for batch in example.batches.values()}
         shapes = ([{0: axes[example.batches[n]]} if n in example.batches else None for n in example.tensors],)
-    with _quiet():
+    with quietly():
         exported = torch.export.export(joint, (tensors,), dynamic_shapes=shapes, strict=False)
         return torch.onnx.export(
             exported,
@@ -121,22 +119,6 @@ def _program(networks: dict[str, nn.Module], example: Example, outputs: list[str
             optimize=False,
             verbose=False,
         )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the exporter says of packages that nobody asked for, and of its own code."""
-    levels = {logger: logger.level for logger in map(logging.getLogger, ("torch.onnx", "onnx_ir"))}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.simplefilter("ignore", FutureWarning)
-        try:
-            for logger in levels:
-                logger.setLevel(logging.ERROR)
-            yield
-        finally:
-            for logger, level in levels.items():
-                logger.setLevel(level)
 
 
 def _unite(model: Any) -> None:
