@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-_EXPORTERS = {"taskzip", "torch", "functorch", "sympy", "onnx", "onnx_ir", "onnxscript"}
+_EXPORTERS = {"taskzip", "torch", "functorch", "sympy", "onnx", "onnx_ir", "onnxscript", "executorch", "torchao"}
 
 
 class TaskzipError(Exception):
@@ -35,7 +35,8 @@ _FRAME = re.compile(r'File "(.+?)", line (\d+).*\n {4}(.+)')
 
 def first_line(error: BaseException) -> str:
     """What an error says, without what else it says and without a full stop; its class if it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return (" ".join(lines[:2]) if lines[0].endswith(":") else lines[0]).rstrip(".")
 
 
 def place_in_code(error: BaseException) -> str:
@@ -46,7 +47,7 @@ def place_in_code(error: BaseException) -> str:
 def line_in_code(trace: str) -> str:
     """The innermost line of the user's own code in the text of a stack trace, as above."""
     for file, number, line in reversed(_FRAME.findall(trace)):
-        if not _is_library(Path(file)):
+        if not file.startswith("<") and not _is_library(Path(file)):  # that is code which torch has written
             return f', at "{line.strip()}" ({file}:{number})'
     return ""
 

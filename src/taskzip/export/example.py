@@ -56,6 +56,14 @@ class Example:
         alone = self._examples[""] if "" in self._examples else {task: self._examples[task]}
         return Example(alone, [task], self._device)
 
+    def resized(self, samples: int) -> dict[str, Tensor]:
+        """The tensors, with so many samples in the batch: those of the example over and over again."""
+        found = {}
+        for name, tensor in self.tensors.items():
+            chosen = torch.arange(samples, device=tensor.device) % len(tensor) if name in self.batches else None
+            found[name] = tensor if chosen is None else tensor[chosen]
+        return found
+
     def repeated(self, times: int) -> dict[str, Tensor]:
         """The tensors, with every sample of the batch so many times."""
         return {name: torch.cat([t] * times) if name in self.batches else t for name, t in self.tensors.items()}

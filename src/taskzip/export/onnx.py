@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from taskzip.errors import ExportError, InputError, first_line
-from taskzip.export.example import Call, Example
-from taskzip.export.failures import place, reason
-from taskzip.export.outputs import named_tensors
+from taskzip.errors import ExportError
+from taskzip.export.agreement import check_same
+from taskzip.export.example import Example
+from taskzip.export.failures import explained, reason
+from taskzip.export.joint import Joint, chosen, outputs
+from taskzip.export.quiet import quietly
 from taskzip.export.selections import move_selections
 from taskzip.export.splitting import split_layers
-from taskzip.files import replacing
+from taskzip.export.target import writable, writing
 from taskzip.observation import evaluating
 from taskzip.task import device_of
 from taskzip.zipped import ZippedModel
 from taskzip.zipped.blocks import installed, spec_of
-
-TOLERANCE = 1e-4
-"""How far the file's outputs may lie from PyTorch's, relative to the largest output of that name.
-
-Numbers of half precision, of which one step is more than this, may be four steps away."""
 
 LARGEST = 2**31 - 2**20
 """Bytes that one ONNX file can hold."""
@@ -69,22 +62,15 @@ def export_onnx(
             or one whose outputs differ from PyTorch's by more than `TOLERANCE`. Nothing is left behind.
     """
     _check_installed()
-    if not isinstance(zipped, ZippedModel):
-        raise InputError(f"what is exported is a joint network, as tz.zip gives it, not a {type(zipped).__name__}.")
-    target = _writable(path)
-    networks = _chosen(zipped, tasks)
+    networks = chosen(zipped, tasks)
+    target = writable(path)
     given = Example(example, list(networks), device_of(zipped))
     with evaluating(*networks.values()):
         wanted = _outputs(networks, given, given.tensors)
         model = _model(networks, given, list(wanted), dynamic_batch, by_block)
-        try:
-            with replacing(target) as part:
-                _write(model, path, part)
-                _check(part, networks, given, dynamic_batch)
-        except OSError as error:
-            raise ExportError(
-                f"cannot write {path}: {error.strerror or error}. Is the folder writable, and has it room?"
-            ) from error
+        with writing(path, target) as part:
+            _write(model, path, part)
+            _check(part, networks, given, dynamic_batch)
 
 
 def _check_installed() -> None:
@@ -98,72 +84,9 @@ def _check_installed() -> None:
         ) from error
 
 
-def _writable(path: str | Path) -> Path:
-    """Where a symbolic link points, instead of replacing the link; refused before the work and not after it."""
-    try:
-        target = Path(path).resolve()
-        if not target.parent.is_dir():
-            raise ExportError(f"cannot write {path}: there is no folder {target.parent}.")
-        if target.exists() and not target.is_file():
-            raise ExportError(f"cannot write {path}: it is a {'folder' if target.is_dir() else 'device'} and no file.")
-    except (OSError, RuntimeError) as error:  # too long a name; links that lead in a circle
-        raise ExportError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}.") from error
-    if not os.access(target.parent, os.W_OK):
-        raise ExportError(f"cannot write {path}: the folder {target.parent} is not writable.")
-    return target
-
-
-def _chosen(zipped: ZippedModel, tasks: Sequence[str] | None) -> dict[str, nn.Module]:
-    names = list(zipped) if tasks is None else [tasks] if isinstance(tasks, str) else list(dict.fromkeys(tasks))
-    unknown = [name for name in names if name not in list(zipped)]
-    if unknown or not names:
-        wrong = f"no task {unknown[0]!r}" if unknown else "no task was chosen"
-        raise InputError(f"{wrong}: this network has {', '.join(zipped)}.")
-    return {name: zipped[name] for name in names}
-
-
-class _Joint(nn.Module):
-    """The tasks, called with the example's tensors; gives the tensors of all outputs."""
-
-    def __init__(self, networks: dict[str, nn.Module], example: Example) -> None:
-        super().__init__()
-        self.tasks = nn.ModuleDict(networks)
-        self._example = example
-
-    def forward(self, tensors: list[Tensor]) -> list[Tensor]:
-        calls = self._example.calls(dict(zip(self._example.tensors, tensors, strict=True)))
-        return [tensor for name, network in self.tasks.items() for _, tensor in _run(network, calls[name], name)]
-
-
-def _run(network: nn.Module, call: Call, name: str) -> Iterator[tuple[str, Tensor]]:
-    args, kwargs = call
-    return named_tensors(network(*args, **kwargs), name)
-
-
 def _outputs(networks: dict[str, nn.Module], example: Example, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """What PyTorch gives, by name."""
-    calls = example.calls(tensors)
-    found: dict[str, Tensor] = {}
-    for name, network in networks.items():
-        try:
-            given = dict(_run(network, calls[name], name))
-        except Exception as error:  # whatever the network raises
-            raise InputError(
-                f"example does not fit task {name!r}: {type(network).__name__} does not take {_shapes(tensors)} "
-                f"({first_line(error)})."
-            ) from error
-        if not given:
-            raise ExportError(f"task {name!r} cannot be exported: its output has no tensors.")
-        if not all(torch.isfinite(tensor).all() for tensor in given.values()):
-            raise ExportError(
-                f"task {name!r} gives NaN or infinite values for the example, so that a file could not be checked: "
-                f"give another example."
-            )
-        found |= given
-    taken = sorted(set(found) & set(tensors))
-    if taken:
-        raise InputError(f"{taken[0]!r} would be the name of both an input and an output: rename the task or keyword.")
-    return found
+    return {name: tensor for each in outputs(networks, example, tensors).values() for name, tensor in each.items()}
 
 
 def _model(
@@ -173,9 +96,13 @@ def _model(
     try:
         model = _program(networks, example, outputs, dynamic_batch).model
     except Exception as error:  # torch raises whatever the network raises, and a dozen classes of its own
-        raise _explained(error, networks, example, dynamic_batch) from error
-    with _quiet():
-        apart = any(spec_of(b).apart for network in networks.values() for b in installed(network).values())
+
+        def alone(name: str, dynamic: bool) -> object:
+            return _program({name: networks[name]}, example.only(name), None, dynamic)
+
+        raise explained(error, networks, alone, dynamic_batch, "dynamic_batch=False") from error
+    apart = any(spec_of(b).apart for network in networks.values() for b in installed(network).values())
+    with quietly():
         _unite(model, by_block, apart)
         _name(model, list(example.tensors), outputs)
     _name_batches(model, example.batches)
@@ -185,13 +112,13 @@ def _model(
 def _program(networks: dict[str, nn.Module], example: Example, outputs: list[str] | None, dynamic_batch: bool) -> Any:
     import torch.onnx
 
-    joint = _Joint(networks, example)
+    joint = Joint(networks, example)
     tensors, shapes = list(example.tensors.values()), None
     if dynamic_batch:
         tensors = list(example.repeated(2).values())  # torch.export takes a size of 1 for one that never changes
         axes = {batch: torch.export.Dim(batch) for batch in example.batches.values()}
         shapes = ([{0: axes[example.batches[n]]} if n in example.batches else None for n in example.tensors],)
-    with _quiet():
+    with quietly():
         exported = torch.export.export(joint, (tensors,), dynamic_shapes=shapes, strict=False)
         return torch.onnx.export(
             exported,
@@ -203,22 +130,6 @@ def _program(networks: dict[str, nn.Module], example: Example, outputs: list[str
             optimize=False,
             verbose=False,
         )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the exporter says of packages that nobody asked for, and of its own code."""
-    levels = {logger: logger.level for logger in map(logging.getLogger, ("torch.onnx", "onnx_ir"))}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.simplefilter("ignore", FutureWarning)
-        try:
-            for logger in levels:
-                logger.setLevel(logging.ERROR)
-            yield
-        finally:
-            for logger, level in levels.items():
-                logger.setLevel(level)
 
 
 def _unite(model: Any, by_block: bool, apart: bool) -> None:
@@ -287,26 +198,6 @@ def _name_batches(model: Any, batches: dict[str, str]) -> None:
                 shape[i] = names[dim.value]
 
 
-def _explained(error: Exception, networks: dict[str, nn.Module], example: Example, dynamic_batch: bool) -> ExportError:
-    """Which task it is that cannot be exported: the first one that cannot by itself."""
-    for name, network in networks.items():
-        found = _refusal(network, name, example, dynamic_batch)
-        if found is not None:
-            why = f"task {name!r} cannot be exported: {type(network).__name__}: {reason(found)}{place(found)}."
-            if dynamic_batch and _refusal(network, name, example, dynamic_batch=False) is None:
-                why += " For the example's size of batch alone it can: dynamic_batch=False."
-            return ExportError(why)
-    return ExportError(f"the tasks cannot be exported together, though each can alone: {reason(error)}.")
-
-
-def _refusal(network: nn.Module, name: str, example: Example, dynamic_batch: bool) -> Exception | None:
-    try:
-        _program({name: network}, example.only(name), None, dynamic_batch)
-    except Exception as error:  # as above
-        return error
-    return None
-
-
 def _write(model: Any, path: str | Path, part: Path) -> None:
     import onnx_ir
 
@@ -342,22 +233,4 @@ def _check(part: Path, networks: dict[str, nn.Module], example: Example, dynamic
         except Exception as error:  # as above
             raise ExportError(f"ONNX Runtime cannot run what was exported: {reason(error)}.") from error
         for (name, right), value in zip(wanted.items(), found, strict=True):
-            _compare(name, value, right.cpu())
-
-
-def _compare(name: str, given: Tensor, right: Tensor) -> None:
-    if given.shape != right.shape:
-        raise ExportError(f"{name!r} is {list(given.shape)} in the exported file, but {list(right.shape)} in PyTorch.")
-    half = right.dtype.is_floating_point and right.dtype.itemsize < 4
-    tolerance = 4 * torch.finfo(right.dtype).eps if half else TOLERANCE
-    given, right = given.double(), right.double()
-    if right.numel() and not (given - right).abs().max() <= tolerance * right.abs().max():
-        raise ExportError(
-            f"{name!r} differs between the exported file and PyTorch by {(given - right).abs().max():.1e}, where the "
-            f"largest value is {right.abs().max():.1e}: nothing was written."
-        )
-
-
-def _shapes(tensors: dict[str, Tensor]) -> str:
-    kinds = {name: f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for name, t in tensors.items()}
-    return ", ".join(f"{name} of {kind}" for name, kind in kinds.items())
+            check_same(name, value, right.cpu())

@@ -1,0 +1,88 @@
+"""The chosen tasks as one module, which exporters trace, and what PyTorch gives for the example."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from taskzip.errors import ExportError, InputError, first_line
+from taskzip.export.example import Call, Example
+from taskzip.export.outputs import named_tensors
+from taskzip.zipped import ZippedModel
+
+
+def chosen(zipped: ZippedModel, tasks: Sequence[str] | None) -> dict[str, nn.Module]:
+    """The networks that are exported, by task.
+
+    Raises:
+        InputError: no joint network, or tasks that it does not have.
+    """
+    if not isinstance(zipped, ZippedModel):
+        raise InputError(f"what is exported is a joint network, as tz.zip gives it, not a {type(zipped).__name__}.")
+    names = list(zipped) if tasks is None else [tasks] if isinstance(tasks, str) else list(dict.fromkeys(tasks))
+    unknown = [name for name in names if name not in list(zipped)]
+    if unknown or not names:
+        wrong = f"no task {unknown[0]!r}" if unknown else "no task was chosen"
+        raise InputError(f"{wrong}: this network has {', '.join(zipped)}.")
+    return {name: zipped[name] for name in names}
+
+
+class Joint(nn.Module):
+    """The tasks, called with the example's tensors; gives the tensors of all outputs."""
+
+    def __init__(self, networks: dict[str, nn.Module], example: Example) -> None:
+        super().__init__()
+        self.tasks = nn.ModuleDict(networks)
+        self._example = example
+
+    def forward(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The tensors lie as in the example, the outputs as `outputs` names them."""
+        calls = self._example.calls(dict(zip(self._example.tensors, tensors, strict=True)))
+        return [tensor for name, network in self.tasks.items() for _, tensor in _run(network, calls[name], name)]
+
+
+def _run(network: nn.Module, call: Call, name: str) -> Iterator[tuple[str, Tensor]]:
+    args, kwargs = call
+    return named_tensors(network(*args, **kwargs), name)
+
+
+def outputs(
+    networks: dict[str, nn.Module], example: Example, tensors: dict[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """What PyTorch gives, by task and name of the output.
+
+    Raises:
+        InputError: an example that does not fit, or an output that is called as an input is.
+        ExportError: outputs without tensors, or with values that cannot be compared.
+    """
+    calls = example.calls(tensors)
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, network in networks.items():
+        try:
+            given = dict(_run(network, calls[name], name))
+        except Exception as error:  # whatever the network raises
+            raise InputError(
+                f"example does not fit task {name!r}: {type(network).__name__} does not take {_shapes(tensors)} "
+                f"({first_line(error)})."
+            ) from error
+        if not given:
+            raise ExportError(f"task {name!r} cannot be exported: its output has no tensors.")
+        if not all(torch.isfinite(tensor).all() for tensor in given.values()):
+            raise ExportError(
+                f"task {name!r} gives NaN or infinite values for the example, so that a file could not be checked: "
+                f"give another example."
+            )
+        taken = sorted(set(given) & set(tensors))
+        if taken:
+            raise InputError(
+                f"{taken[0]!r} would be the name of both an input and an output: rename the task or keyword."
+            )
+        found[name] = given
+    return found
+
+
+def _shapes(tensors: dict[str, Tensor]) -> str:
+    kinds = {name: f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for name, t in tensors.items()}
+    return ", ".join(f"{name} of {kind}" for name, kind in kinds.items())
