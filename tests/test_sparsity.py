@@ -21,8 +21,9 @@ import taskzip as tz
 from taskzip.curvature import LayerStatistics
 from taskzip.factored import Factored, dense
 from taskzip.merging import merge_weights
+from taskzip.models import LeNet300
 from taskzip.recalibration import least_squares
-from taskzip.sparsity import denser, fit, fit_on_support, solve_on_support, support
+from taskzip.sparsity import denser, fit, fit_on_support, solve_on_support, support, united
 
 DOUBLE = torch.float64
 
@@ -76,6 +77,37 @@ def test_of_units_that_become_one_the_denser_decides(seed: int, units: int, d: i
     assert found is None if wanted.all() else torch.equal(found, wanted)
     assert denser([*given_, None]) is None
     assert denser([None, *given_]) is None
+
+
+@given(st.integers(0, 2**32), st.integers(1, 4), st.integers(1, 5), st.integers(1, 3))
+def test_united_has_what_any_has(seed: int, units: int, d: int, tasks: int) -> None:
+    torch.manual_seed(seed)
+    given_ = [mask(units, d, density=0.7) for _ in range(tasks)]
+    wanted = [[any(bool(each[k, i]) for each in given_) for i in range(d)] for k in range(units)]
+    found = united(given_)
+    assert found is None if all(map(all, wanted)) else found.tolist() == wanted
+    assert united([*given_, None]) is None
+
+
+def test_units_with_the_connections_of_both_lose_less() -> None:
+    """And weights are 0 where neither network has a connection, and nowhere else."""
+    torch.manual_seed(0)
+    models = [pruned(LeNet300(16, hidden=(12, 10), classes=3), 0.3) for _ in range(2)]
+    x = torch.randn(400, 16)
+    tasks = [tz.Task(name, model, [x]) for name, model in zip("ab", models, strict=True)]
+    options = {"share": 1.0, "progress": False, "compensate": False}
+    least, most = (tz.zip(tasks, connections=each, **options) for each in ("denser", "any"))
+    apart = sum(int(p.count_nonzero()) for model in models for p in model.parameters())
+    assert least.connection_count() < most.connection_count() <= apart
+    costs = [sum(record.cost for record in each.history.layers[:1]) for each in (least, most)]
+    assert costs[0] == costs[1] > 0  # pairs are chosen alike
+    wrong = [
+        sum(
+            float((each[name](x) - model(x)).detach().square().mean()) for name, model in zip("ab", models, strict=True)
+        )
+        for each in (least, most)
+    ]
+    assert wrong[1] < wrong[0]
 
 
 def test_between_equally_many_the_first_decides() -> None:

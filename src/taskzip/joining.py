@@ -20,6 +20,7 @@ from taskzip.members import Owners
 from taskzip.plan import Quota
 from taskzip.recalibration import match_spread
 from taskzip.slots import assign_slots, pair_in_slots
+from taskzip.sparsity import Connections
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,14 @@ class Pairing:
         quota: how many pairs share their weights.
         matching, seed: how pairs are found.
         aligned: every unit gets a partner, whether they share weights or not (Sec. 3.7).
+        connections: which ones a merged unit has.
     """
 
     quota: Quota
     matching: Matching
     seed: int
     aligned: bool
+    connections: Connections
 
 
 class JointLayer:
@@ -223,7 +226,7 @@ class JointLayer:
     def _merge(self, meeting: Meeting, joint: Tensor, new: Tensor) -> None:
         if not len(joint):
             return
-        merged = meeting.merged(joint, new)
+        merged = meeting.merged(joint, new, self._pairing.connections)
         group = self.groups.pop(meeting.owners)
         owners = (*meeting.owners, meeting.task)
         units = torch.cat([group.units[joint], new[:, None]], dim=1)

@@ -17,7 +17,7 @@ from taskzip.graph import Layer
 from taskzip.members import Owners
 from taskzip.merging import merge_weights
 from taskzip.projection import project, rise
-from taskzip.sparsity import denser, support
+from taskzip.sparsity import Connections, denser, support, united
 
 
 @dataclass(frozen=True)
@@ -149,10 +149,10 @@ class Meeting:
         """How many joint units there are."""
         return len(self._weights[0]) // self._height
 
-    def merged(self, joint: Tensor, new: Tensor) -> Tensor:
+    def merged(self, joint: Tensor, new: Tensor, connections: Connections) -> Tensor:
         """The common weights of pairs, [pairs * rows of a unit, common width]."""
         weights, present = (self._taken(each, joint, new) for each in (self._weights, self._present))
-        return merge_weights(weights, self._curvatures, self._exists(present))
+        return merge_weights(weights, self._curvatures, self._exists(present, connections))
 
     def written(self, task: int, before: Tensor, merged: Tensor) -> Tensor:
         """All weights of an owner's rows that get these common ones."""
@@ -177,11 +177,12 @@ class Meeting:
     def _by_unit(self, rows: Tensor) -> Tensor:
         return rows.unflatten(0, (-1, self._height)).sum(1)
 
-    def _exists(self, weights: Sequence[Tensor]) -> Tensor | None:
-        """Which connections merged units have: those of the task that has more of them (Sec. 3.6)."""
+    def _exists(self, weights: Sequence[Tensor], connections: Connections) -> Tensor | None:
+        """Which connections merged units have (Sec. 3.6)."""
         one, other = (support(w, bias=self._common.bias) for w in weights)
         if one is None or other is None:
             return None
         # Where one of them has none, the other one decides.
         real = [self._common.real(self.owners).to(one.device), self._common.real([self.task]).to(one.device)]
-        return denser([torch.where(real[0], one, other), torch.where(real[1], other, one)])
+        supports = [torch.where(real[0], one, other), torch.where(real[1], other, one)]
+        return united(supports) if connections == "any" else denser(supports)

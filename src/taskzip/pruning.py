@@ -86,6 +86,7 @@ def prune(
         residual="coupled",
         aligned=None,
         cross=True,
+        connections="denser",
         batch_norm="private",
         layers=None,
         damping=damping,

@@ -15,6 +15,7 @@ from taskzip.observation import MaxRows
 from taskzip.plan import SharePlan, as_plan
 from taskzip.randomness import checked_seed
 from taskzip.retraining import Retraining
+from taskzip.sparsity import Connections
 
 Residual = Literal["coupled", "independent"]
 Norms = Literal["private", "fold"]
@@ -34,6 +35,7 @@ class Settings:
     residual: Residual
     aligned: bool | None
     cross: bool
+    connections: Connections
     batch_norm: Norms
     layers: Layers | None
     damping: float
@@ -55,6 +57,7 @@ class Settings:
             "residual": self.residual,
             "aligned": self.aligned,
             "cross": self.cross,
+            "connections": self.connections,
             "batch_norm": self.batch_norm,
             "layers": _plain(self.layers),
             "damping": self.damping,
@@ -77,6 +80,7 @@ def read_settings(
     residual: Residual,
     aligned: bool | None,
     cross: bool,
+    connections: Connections,
     batch_norm: Norms,
     layers: Layers | None,
     damping: float,
@@ -100,6 +104,7 @@ def read_settings(
         _one_of("residual", residual, ("coupled", "independent")),
         _aligned(aligned, cross),
         bool(_one_of("cross", cross, (True, False))),
+        _one_of("connections", connections, ("denser", "any")),
         _one_of("batch_norm", batch_norm, ("private", "fold")),
         layers if isinstance(layers, Mapping) else _one_of("layers", layers, (None, "order", "name")),
         _not_negative("damping", damping),

@@ -6,6 +6,7 @@ Nothing marks a network as pruned: a weight that is exactly 0 is a connection th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -13,6 +14,9 @@ from torch import Tensor
 
 from taskzip.curvature import solve_symmetric
 from taskzip.factored import Factored, Span
+
+Connections = Literal["denser", "any"]
+"""Which connections a unit has that others were merged into."""
 
 
 def support(weights: Float[Tensor, "units d"], *, bias: bool) -> Bool[Tensor, "units d"] | None:
@@ -31,6 +35,14 @@ def denser(supports: Sequence[Bool[Tensor, "units d"] | None]) -> Bool[Tensor, "
     for other in others:
         first = torch.where((other.sum(1) > first.sum(1))[:, None], other, first)
     return None if first.all() else first
+
+
+def united(supports: Sequence[Bool[Tensor, "units d"] | None]) -> Bool[Tensor, "units d"] | None:
+    """All connections that any of the units has that become one; None where that is all there are."""
+    if any(each is None for each in supports):
+        return None
+    found = torch.stack([each for each in supports if each is not None]).any(0)
+    return None if found.all() else found
 
 
 def solve_on_support(

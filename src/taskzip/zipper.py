@@ -180,7 +180,8 @@ class Zipper:
             given = (
                 {t: self.members[t].slots[space][1] for t, space in part.spaces.items()} if placed and not own else None
             )
-            pairing = Pairing(each, self.settings.matching, self.settings.seed, self._is_aligned(part) and not own)
+            how, aligned = self.settings, self._is_aligned(part) and not own
+            pairing = Pairing(each, how.matching, how.seed, aligned, how.connections)
             common = None if inputs.cross else self.common.of(part)
             joint = JointLayer(sides, inputs, part.rows, pairing, given, common)
             if self.settings.spread:

@@ -22,6 +22,7 @@ from taskzip.randomness import seeded
 from taskzip.retraining import Retraining
 from taskzip.search import search
 from taskzip.settings import Compensation, Norms, Residual, Settings, read_settings
+from taskzip.sparsity import Connections
 from taskzip.task import Task
 from taskzip.zipped import ZippedModel
 from taskzip.zipper import Zipper, layer_name
@@ -42,6 +43,7 @@ def zip_tasks(
     residual: Residual = "coupled",
     aligned: bool | None = None,
     cross: bool = True,
+    connections: Connections = "denser",
     batch_norm: Norms = "private",
     layers: Layers | None = None,
     damping: float = 1e-2,
@@ -85,6 +87,8 @@ def zip_tasks(
             squares: shared units of all layers are then one network of their own, which `zipped(x)` and ONNX files
             compute once for all tasks. Inputs are then not aligned, and of residual streams it reads the units that all
             layers before it share.
+        connections: of pruned networks, which a merged unit has: those of the unit that has more of them ("denser",
+            Sec. 3.6), or all that any of its units has ("any"), which loses less and saves fewer.
         batch_norm: "private": every task keeps its own, and its statistics follow the merged weights (design 2.4);
             "fold": it becomes part of the layer before it, so that fully shared layers are common to all tasks. One
             that does not directly follow a layer stays private.
@@ -121,6 +125,7 @@ def zip_tasks(
         residual=residual,
         aligned=aligned,
         cross=cross,
+        connections=connections,
         batch_norm=batch_norm,
         layers=layers,
         damping=damping,
