@@ -6,12 +6,15 @@ that several tasks use is the same Parameter in each of their networks, like any
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from taskzip.zipped.products import Rows, forward_in_blocks
 
 
 @dataclass(frozen=True)
@@ -81,24 +84,45 @@ class Blocks(nn.Module):
         for row in spec.rows:
             for block in row.blocks:
                 self.register_parameter(block.name, parameters[block.name])
-        for i, each in enumerate([*(row.order for row in spec.rows), spec.order]):
+        orders = [*(row.order for row in spec.rows), spec.order]
+        for i, each in enumerate(orders):
             order = None if each is None else torch.tensor(each, device=next(self.parameters()).device)
             self.register_buffer(f"_order{i}", order, persistent=False)
+        # What is read in every call, without the ways of nn.Module, which take longer than a small layer.
+        first = spec.rows[0].blocks
+        whole = len(spec.rows) == len(first) == 1 and first[0].inputs is None and not any(orders)
+        self._whole = first[0].name if whole else None
+        self._size = math.prod(spec.dense_shape)
 
     def forward(self) -> Tensor:
         """The dense weight, [units, inputs, *kernel], or the bias, [units]."""
-        rows = [self._row(row, getattr(self, f"_order{i}")) for i, row in enumerate(self._spec.rows)]
+        if self._whole is not None:
+            parameter = self._parameters[self._whole]
+            assert parameter is not None
+            return parameter
+        rows = [self._row(*row) for row in self._rows()]
         whole = rows[0] if len(rows) == 1 else torch.cat(rows)
-        order = getattr(self, f"_order{len(rows)}")
+        order = self._order()
         return whole if order is None else whole.index_select(0, order)
 
-    def _row(self, row: RowSpec, order: Tensor | None) -> Tensor:
-        blocks = [self._part(block) for block in row.blocks]
-        whole = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+    def _rows(self) -> Rows:
+        """The blocks of each group of rows, and the order of its columns."""
+        return [
+            ([self._part(block) for block in row.blocks], self._buffers[f"_order{i}"])
+            for i, row in enumerate(self._spec.rows)
+        ]
+
+    def _order(self) -> Tensor | None:
+        return self._buffers[f"_order{len(self._spec.rows)}"]
+
+    @staticmethod
+    def _row(blocks: Sequence[Tensor], order: Tensor | None) -> Tensor:
+        whole = blocks[0] if len(blocks) == 1 else torch.cat(list(blocks), dim=1)
         return whole if order is None else whole.index_select(1, order)
 
     def _part(self, block: BlockSpec) -> Tensor:
-        parameter = self.get_parameter(block.name)
+        parameter = self._parameters[block.name]
+        assert parameter is not None
         return parameter if block.inputs is None else parameter[:, : block.inputs]
 
     def extra_repr(self) -> str:
@@ -120,16 +144,22 @@ _classes: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
 
 
 def zipped_class(original: type[nn.Module], attributes: tuple[str, ...]) -> type[nn.Module]:
-    """A subclass of the module's own class in which the attributes are computed: its forward stays the user's."""
+    """A subclass of the module's own class in which the attributes are computed: its forward stays the user's.
+
+    Torch's own linear layers and convolutions, though, multiply with the blocks one by one where that is faster.
+    """
     if (original, attributes) not in _classes:
         computed: dict[str, Any] = {attribute: _computed(attribute) for attribute in attributes}
+        if "weight" in attributes and (forward := forward_in_blocks(original)):
+            computed["forward"] = forward
         computed |= {"zipped_attributes": attributes, "original_class": original, "__module__": __name__}
         _classes[original, attributes] = type(f"Zipped{original.__name__}", (Zipped, original), computed)
     return _classes[original, attributes]
 
 
 def _computed(attribute: str) -> property:
-    return property(lambda module: module._modules[f"{attribute}_blocks"]())
+    name = f"{attribute}_blocks"
+    return property(lambda module: module._modules[name].forward())
 
 
 def _new(original: type[nn.Module], attributes: tuple[str, ...]) -> nn.Module:
