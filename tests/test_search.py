@@ -128,7 +128,8 @@ def curves_of(tasks: list[tz.Task], share: Any = 1.0, **options: Any) -> Any:
     defaults: dict[str, Any] = {
         "balance": None, "matching": "optimal", "compensate": True, "adapt": None, "spread": None,
         "residual": "coupled", "aligned": None, "cross": True, "connections": "denser",
-        "batch_norm": "private", "layers": None, "damping": 1e-2, "ridge": 0.1, "max_rows": "auto", "retrain": None, "seed": 0,
+        "batch_norm": "private", "layers": None, "damping": 1e-2, "ridge": 0.1,
+        "max_rows": "auto", "retrain": None, "seed": 0,
     }  # fmt: skip
     return _zip(tasks, read_settings(names, share=share, **defaults | options), progress=False)
 

@@ -16,27 +16,24 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from taskzip.zipped.blocks import Blocks
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
+def apart_forward(
+    original: type[nn.Module], otherwise: Callable[[Any, Tensor], Tensor]
+) -> Callable[[Any, Tensor], Tensor]:
+    """A forward for modules of this class, one of torch's own layers, with blocks for weights.
 
-def apart_forward(original: type[nn.Module]) -> Callable[[Any, Tensor], Any] | None:
-    """A forward for modules of this class with blocks for weights; None where the class has a forward of its own."""
-    if original.forward is nn.Linear.forward:
-        return _forward(original, lambda module, x, weight, bias: F.linear(x, weight, bias), lambda _: -1)
-    for kind in _CONVOLUTIONS:
-        if original.forward is kind.forward and getattr(original, "_conv_forward", None) is kind._conv_forward:
-            return _forward(original, kind._conv_forward, lambda module: -1 - len(module.kernel_size))
-    return None
+    Args:
+        original: the class.
+        otherwise: the forward of those whose groups are not computed one by one.
+    """
 
-
-def _forward(
-    original: type[nn.Module], run: Callable[..., Tensor], channels: Callable[[Any], int]
-) -> Callable[[Any, Tensor], Any]:
-    def forward(module: Any, input: Tensor) -> Any:
-        weight, bias = module._modules.get("weight_blocks"), module._modules.get("bias_blocks")
-        if weight is None or not weight._spec.apart or (bias is None and module.bias is not None):
-            return original.forward(module, input)
-        return _computed(weight, bias, lambda x, w, b: run(module, x, w, b), input, channels(module))
+    def forward(module: Any, input: Tensor) -> Tensor:
+        weight, bias = module._modules["weight_blocks"], module._modules.get("bias_blocks")
+        if not weight._spec.apart or (bias is None and module.bias is not None):
+            return otherwise(module, input)
+        if issubclass(original, nn.Linear):
+            return _computed(weight, bias, F.linear, input, -1)
+        return _computed(weight, bias, module._conv_forward, input, -1 - len(module.kernel_size))
 
     return forward
 

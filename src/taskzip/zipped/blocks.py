@@ -6,6 +6,7 @@ that several tasks use is the same Parameter in each of their networks, like any
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from taskzip.errors import InputError
 from taskzip.zipped.apart import apart_forward
+from taskzip.zipped.products import Rows, forward_in_blocks
 
 
 @dataclass(frozen=True)
@@ -118,15 +120,33 @@ class Blocks(nn.Module):
             reads = row.read()
             if list(reads) != list(range(reads[0], reads[0] + len(reads))):
                 self.register_buffer(f"_read{i}", torch.tensor(reads, device=device), persistent=False)
+        # What is read in every call, without the ways of nn.Module, which take longer than a small layer.
+        first = spec.rows[0].blocks[0]
+        self._whole = first.name if spec.is_one_block and first.inputs is None and not spec.rows[0].absent else None
+        self._size = math.prod(spec.dense_shape)
 
     def forward(self) -> Tensor:
         """The dense weight, [units, inputs, *kernel], or the bias, [units]."""
-        rows = [self._row(row, getattr(self, f"_order{i}")) for i, row in enumerate(self._spec.rows)]
+        if self._whole is not None:
+            parameter = self._parameters[self._whole]
+            assert parameter is not None
+            return parameter
+        rows = [self._row(*each, row.absent) for each, row in zip(self._rows(), self._spec.rows, strict=True)]
         return self._ordered(rows[0] if len(rows) == 1 else torch.cat(rows), 0)
+
+    def _rows(self) -> Rows:
+        """The blocks of each group of rows, and the order of its columns."""
+        return [
+            ([self._part(block) for block in row.blocks], self._buffers[f"_order{i}"])
+            for i, row in enumerate(self._spec.rows)
+        ]
+
+    def _order(self) -> Tensor | None:
+        return self._buffers[f"_order{len(self._spec.rows)}"]
 
     def _groups(self) -> list[Tensor]:
         """The weights of each group of units from the inputs that it reads, or its biases."""
-        return [self._beside(row) for row in self._spec.rows]
+        return [self._row(blocks, None) for blocks, _ in self._rows()]
 
     def _reads(self) -> list[tuple[int, int] | Tensor | None]:
         """Which inputs each group reads: a start and a length, numbers, or None for all."""
@@ -134,7 +154,7 @@ class Blocks(nn.Module):
 
     def _ordered(self, units: Tensor, dim: int) -> Tensor:
         """What lies group by group, in the order of the task's units."""
-        order = getattr(self, f"_order{len(self._spec.rows)}")
+        order = self._order()
         return units if order is None else units.index_select(dim, order)
 
     def _reads_of(self, i: int, row: RowSpec) -> tuple[int, int] | Tensor | None:
@@ -142,19 +162,16 @@ class Blocks(nn.Module):
             return self._buffers[f"_read{i}"]
         return (row.read()[0], row.inputs - row.absent) if row.absent else None
 
-    def _row(self, row: RowSpec, order: Tensor | None) -> Tensor:
-        whole = self._beside(row)
-        if row.absent:
-            absent = whole.new_zeros(len(whole), row.absent, *whole.shape[2:])
-            whole = torch.cat([whole, absent], dim=1)
+    @staticmethod
+    def _row(blocks: Sequence[Tensor], order: Tensor | None, absent: int = 0) -> Tensor:
+        whole = blocks[0] if len(blocks) == 1 else torch.cat(list(blocks), dim=1)
+        if absent:
+            whole = torch.cat([whole, whole.new_zeros(len(whole), absent, *whole.shape[2:])], dim=1)
         return whole if order is None else whole.index_select(1, order)
 
-    def _beside(self, row: RowSpec) -> Tensor:
-        blocks = [self._part(block) for block in row.blocks]
-        return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
-
     def _part(self, block: BlockSpec) -> Tensor:
-        parameter: Tensor = self.get_parameter(block.name)
+        parameter: Tensor | None = self._parameters[block.name]
+        assert parameter is not None
         if not self._spec.is_one_block and type(parameter).dequantize is not Tensor.dequantize:
             parameter = parameter.dequantize()  # quantised tensors cannot be put together
         return parameter if block.inputs is None else parameter[:, : block.inputs]
@@ -187,21 +204,23 @@ _classes: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
 
 
 def zipped_class(original: type[nn.Module], attributes: tuple[str, ...]) -> type[nn.Module]:
-    """A subclass of the module's own class in which the attributes are computed.
+    """A subclass of the module's own class in which the attributes are computed: its forward stays the user's.
 
-    Its forward stays the user's; that of torch's own layers may compute groups of units one by one.
+    Torch's own linear layers and convolutions, though, may compute groups of units one by one, or multiply with the
+    blocks one by one where that is faster.
     """
     if (original, attributes) not in _classes:
         computed: dict[str, Any] = {attribute: _computed(attribute) for attribute in attributes}
+        if "weight" in attributes and (forward := forward_in_blocks(original)):
+            computed["forward"] = apart_forward(original, forward)
         computed |= {"zipped_attributes": attributes, "original_class": original, "__module__": __name__}
-        if (forward := apart_forward(original)) is not None and "weight" in attributes:
-            computed["forward"] = forward
         _classes[original, attributes] = type(f"Zipped{original.__name__}", (Zipped, original), computed)
     return _classes[original, attributes]
 
 
 def _computed(attribute: str) -> property:
-    return property(lambda module: module._modules[f"{attribute}_blocks"]())
+    name = f"{attribute}_blocks"
+    return property(lambda module: module._modules[name].forward())
 
 
 def _new(original: type[nn.Module], attributes: tuple[str, ...]) -> nn.Module:

@@ -11,31 +11,25 @@ the values decide: if they equal those that an earlier task gave to the same wei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
-from functools import cache
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.weak import TensorWeakRef
+
+from taskzip.zipped.purity import EFFECTS, is_pure, purity, works_in_place
 
 _SETTINGS = {bool, int, str, type, type(None), type(...), torch.Size}
 _SETTINGS |= {torch.dtype, torch.device, torch.memory_format, torch.layout}
-_SIMPLE = {bool, int, float, str, type(None), Tensor, nn.Parameter}
+_TENSORS = (Tensor, nn.Parameter)
 _FACTS = (_SETTINGS | {float, complex}) - {type(None)}
-# Known by other names than those of their operators.
-_PURE = {"interpolate", "normalize", "float", "half", "double", "local_response_norm", "grid_sample", "fold"}
-_PURE |= {"softmin", "softsign", "tanhshrink"}
-_PURE |= {"__getitem__", "__rsub__", "__rdiv__", "__rpow__", "__rmatmul__"}
 # Functions of an input and a weight, for which equal inputs are looked up by their values.
 _LAYERS = {F.linear, torch.conv1d, torch.conv2d, torch.conv3d}
-# They change more of a tensor than what is counted.
-_EFFECTS = {"requires_grad_", "retain_grad", "detach_", "set_", "set_data", "resize_", "resize_as_"}
-# Undetermined or random, though their operators are not marked so.
-_IMPURE = {"empty_like", "new_empty", "new_empty_strided", "fractional_max_pool2d", "fractional_max_pool3d"}
-_IMPURE |= _EFFECTS
+_Reference = Callable[[], Tensor | None]
+_UNKNOWN: tuple[_Reference, int, int] = (lambda: None, 0, 0)
 
 
 class Memo(TorchFunctionMode):
@@ -58,16 +52,16 @@ class Memo(TorchFunctionMode):
         self._inputs: dict[int, list[tuple[Tensor, int, int]]] = {}  # by the weight's number
         self.last = False
         self._known: dict[Hashable, int] = {}
-        self._numbers: dict[int, tuple[TensorWeakRef, int, int]] = {}  # by the id of the tensor
+        self._numbers: dict[int, tuple[_Reference, int, int]] = {}  # by the id of the tensor
         self._results: dict[int, tuple[Tensor, int]] = {}
         self._copies: set[int] = set()  # numbers of results that nobody else holds
-        self._given: list[tuple[TensorWeakRef, int]] = []
+        self._given: list[tuple[_Reference, int]] = []
         self._detached: list[Tensor] = []
         self._exposed = False
         devices = set()
         for number, group in enumerate(common):
             self._known[number] = number
-            for tensor in filter(_plain, group):
+            for tensor in filter(_usable, group):
                 self._note(tensor, number)
                 devices.add(tensor.device.type)
         self._devices = sorted(filter(torch.amp.is_autocast_available, devices))
@@ -84,18 +78,36 @@ class Memo(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        kind = purity(func)
+        if kind != "pure" or (kwargs and kwargs.get("inplace")):
+            return self._examine(func, kind, args, kwargs or {})
+        # Most calls come this way, and every microsecond of it counts for small networks.
+        if self._by_value and func in _LAYERS and len(args) > 1:
+            self._recognise(args[0], args[1])
+        tensors: list[Tensor] = []
+        number = self._number_of(func, args, kwargs, tensors)
+        if number is None:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        if number in self._results and (found := self._recall(number)) is not None:
+            return found
+        result = func(*args, **kwargs) if kwargs else func(*args)
+        for tensor in tensors:
+            if tensor._version != self._numbers[id(tensor)][1]:
+                return result
+        self._store(number, result, tensors)
+        return result
+
+    def _examine(self, func: Callable[..., Any], kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call that may write into its arguments, or do what is not known."""
+        name = getattr(func, "__name__", "")
+        writes = bool(kwargs.get("inplace")) or works_in_place(name)
         parts: list[Any] = []
         _flatten((args, kwargs), parts)
         tensors = [part for part in parts if isinstance(part, Tensor)]
         if not any(id(tensor) in self._numbers for tensor in tensors):
             return func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
-        if func in _LAYERS:
-            self._recognise(*tensors[:2])
-        writes = bool(kwargs.get("inplace")) or (name[-1:] == "_" and name[-2:] != "__")
-        pure = _is_pure(func, name, args, kwargs)
-        number = self._number_of(func, parts) if pure else None
+        pure = kind != "impure" and is_pure(name, args, kwargs)
+        number = self._number_of(func, args, kwargs, []) if pure else None
         if name == "detach":  # the result may outlive the tensor, on which one sees whether it was written into
             self._detached += tensors
         if writes:
@@ -105,41 +117,41 @@ class Memo(TorchFunctionMode):
         before = [_version(tensor) for tensor in tensors]
         result = func(*args, **kwargs)
         untouched = before == [_version(tensor) for tensor in tensors]
-        if number is not None and (writes or untouched):
-            self._store(number, result, tensors, writes)
+        if number is not None and writes:
+            if _usable(result):
+                self._note(result, number)
+        elif number is not None and untouched:
+            self._store(number, result, tensors)
         elif not pure and _exposes(name, result, tensors):
             self._forget(tensors)
         return result
 
     def _alive(self) -> list[tuple[Tensor, int]]:
         """What was given to others and still is in use, with the version that they got."""
-        held = [(reference(), version) for reference, version in self._given]
+        held = [(_referred(reference), version) for reference, version in self._given]
         return [(tensor, version) for tensor, version in held if tensor is not None]
 
-    def _number(self, tensor: Tensor) -> int | None:
-        reference, version, number = self._numbers.get(id(tensor), (None, 0, 0))
-        known = reference is not None and reference() is tensor and version == _version(tensor)
-        return number if known else None
-
     def _note(self, tensor: Tensor, number: int) -> None:
-        self._numbers[id(tensor)] = (TensorWeakRef(tensor), _version(tensor), number)
+        self._numbers[id(tensor)] = (weakref.ref(tensor), tensor._version, number)
 
-    def _number_of(self, func: Callable[..., Any], parts: list[Any]) -> int | None:
-        """The number of a call; none where an argument has none or is not understood."""
+    def _number_of(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None, tensors: list[Tensor]
+    ) -> int | None:
+        """The number of a call, whose tensors it collects; none where an argument has none or is not understood."""
         key: list[Any] = [func, torch.is_grad_enabled()]
         for device in self._devices:
-            key += (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-        for part in parts:
-            kind = type(part)
-            if kind in _SETTINGS:
-                key += [kind, part]
-            elif kind is float:
-                key.append(repr(part))  # 0.0 and -0.0 are equal
-            elif isinstance(part, Tensor) and (number := self._number(part)) is not None:
-                key.append(number)
-            else:
+            key.append(torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device))
+        if not self._describe(args, key, tensors):
+            return None
+        if kwargs:
+            key.append(tuple(kwargs))
+            if not self._describe(kwargs.values(), key, tensors):
                 return None
         return self._known.setdefault(tuple(key), len(self._known))
+
+    def _number(self, tensor: Tensor) -> int | None:
+        reference, version, number = self._numbers.get(id(tensor), _UNKNOWN)
+        return number if reference() is tensor and version == _version(tensor) else None
 
     def _recognise(self, x: Tensor, weight: Tensor) -> None:
         """Give what a layer reads the number of equal values that another task gave to the same weight."""
@@ -157,21 +169,46 @@ class Memo(TorchFunctionMode):
             new = all(number != each[2] for each in seen)
             self._inputs[key] = [*seen, (x, x._version, number)] if new and number is not None else seen
 
-    def _store(self, number: int, result: Any, tensors: list[Tensor], writes: bool) -> None:
+    def _describe(self, values: Iterable[Any], key: list[Any], tensors: list[Tensor]) -> bool:
+        """Add arguments to a key, with types and lengths of lists, tuples, dicts and slices, and collect the tensors.
+
+        Returns:
+            Whether all of them were understood, and all tensors have numbers.
+        """
+        for value in values:
+            kind = type(value)
+            if kind in _TENSORS:
+                reference, version, number = self._numbers.get(id(value), _UNKNOWN)
+                if reference() is None or version != value._version:
+                    return False
+                key.append(number)
+                tensors.append(value)
+            elif kind in _SETTINGS:
+                key += (kind, value)
+            elif kind is float:
+                key.append(repr(value))  # 0.0 and -0.0 are equal
+            else:
+                inside = _inside(value)
+                if inside is None:
+                    return False
+                key += (kind, len(inside))
+                if not self._describe(inside, key, tensors):
+                    return False
+        return True
+
+    def _store(self, number: int, result: Any, tensors: list[Tensor]) -> None:
         if isinstance(result, (tuple, list)):  # of `chunk`, `topk` and their kind only the parts have numbers
             for i, part in enumerate(result):
                 if _usable(part) and not any(part is tensor for tensor in tensors):
                     self._note(part, self._known.setdefault((number, i), len(self._known)))
-        elif not _usable(result):
-            return
-        elif writes:
+        elif _usable(result) and not any(result is tensor for tensor in tensors):
             self._note(result, number)
-        elif not any(result is tensor for tensor in tensors):
-            self._note(result, number)
-            # A view is computed anew: it has to be one of the caller's own tensor.
-            if not self.last and not any(_plain(tensor) and _memory(tensor) == _memory(result) for tensor in tensors):
-                self._results[number] = (result, result._version)
-                self._copies.discard(number)
+            if not self.last:
+                # A view is computed anew: it has to be one of the caller's own tensor.
+                place = _memory(result)
+                if not any(_memory(tensor) == place for tensor in tensors if _plain(tensor)):
+                    self._results[number] = (result, result._version)
+                    self._copies.discard(number)
 
     def _recall(self, number: int) -> Tensor | None:
         result, version = self._results.get(number, (None, None))
@@ -180,7 +217,7 @@ class Memo(TorchFunctionMode):
         if self.last:
             del self._results[number]
         if number not in self._copies:
-            self._given.append((TensorWeakRef(result), result._version))
+            self._given.append((weakref.ref(result), result._version))
         elif not self.last:
             result = result.clone()
         self._note(result, number)
@@ -200,7 +237,7 @@ class Memo(TorchFunctionMode):
         """Nothing that lies where these do holds any longer: it may be written to without being counted."""
         places = {_memory(tensor) for tensor in tensors if _plain(tensor)}
         for name, (reference, _, _) in list(self._numbers.items()):
-            tensor = reference()
+            tensor = _referred(reference)
             if tensor is None or _memory(tensor) in places:
                 del self._numbers[name]
         for number, (result, _) in list(self._results.items()):
@@ -212,53 +249,35 @@ class Memo(TorchFunctionMode):
 
 
 def _flatten(values: Iterable[Any], parts: list[Any]) -> None:
-    """Everything inside lists, tuples, dicts and slices, with their types and lengths."""
+    """Everything inside lists, tuples, dicts and slices."""
     for value in values:
-        if type(value) in _SIMPLE:
+        inside = _inside(value)
+        if inside is None:
             parts.append(value)
-        elif isinstance(value, (list, tuple)):
-            parts += (type(value), len(value))
-            _flatten(value, parts)
-        elif isinstance(value, dict):
-            parts += (dict, len(value))
-            _flatten((each for item in value.items() for each in item), parts)
-        elif isinstance(value, slice):
-            parts.append(slice)
-            _flatten((value.start, value.stop, value.step), parts)
         else:
-            parts.append(value)
+            _flatten(inside, parts)
 
 
-def _is_pure(func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether the function of this name, called like this, gives the same for the same arguments and does no more."""
-    if not getattr(func, "_qualified_op_name", "aten::").startswith("aten::"):  # an operator that others wrote
-        return False
-    if name == "scaled_dot_product_attention":
-        return len(args) < 5 and kwargs.get("dropout_p", 0.0) == 0
-    if name in ("batch_norm", "instance_norm"):  # with the statistics of the batch they write into the running ones
-        running = kwargs.get("running_mean", args[1] if len(args) > 1 else None)
-        return running is None or not kwargs.get("training", kwargs.get("use_input_stats", True))
-    return name in _PURE or (_is_operator(name) and (not _is_random(name) or kwargs.get("training") is False))
+def _inside(value: Any) -> Sequence[Any] | None:
+    """What a list, tuple, dict or slice holds."""
+    if isinstance(value, (list, tuple)):
+        return value
+    if isinstance(value, dict):
+        return [each for item in value.items() for each in item]
+    return (value.start, value.stop, value.step) if isinstance(value, slice) else None
 
 
-@cache
-def _is_operator(name: str) -> bool:
-    return name not in _IMPURE and bool(_overloads(name))
-
-
-@cache
-def _is_random(name: str) -> bool:
-    return any(torch.Tag.nondeterministic_seeded in overload.tags for overload in _overloads(name))
-
-
-def _overloads(name: str) -> list[Any]:
-    found = getattr(torch.ops.aten, name, None) if name.isidentifier() and not name.startswith("__") else None
-    return [] if found is None else [getattr(found, overload) for overload in found.overloads()]
+def _referred(reference: _Reference) -> Tensor | None:
+    """What a weak reference stands for, as `torch.utils.weak.TensorWeakRef` would give it, which is slow to make."""
+    tensor = reference()
+    if tensor is not None:
+        tensor._fix_weakref()  # type: ignore[attr-defined]
+    return tensor
 
 
 def _exposes(name: str, result: Any, tensors: list[Tensor]) -> bool:
     """Whether a function that is not known may have opened a way to its arguments on which writing is not counted."""
-    if name in _EFFECTS or "data_ptr" in name:
+    if name in EFFECTS or "data_ptr" in name:
         return True
     parts: list[Any] = []
     _flatten([result], parts)

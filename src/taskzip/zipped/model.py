@@ -93,7 +93,7 @@ class ZippedModel(nn.Module):
         Raises:
             InputError: networks that write into their input in a way that leaves no other means than one by one.
         """
-        return run_jointly(dict(self.tasks.items()), args, kwargs)
+        return run_jointly(self.tasks, args, kwargs)
 
     def materialize(self, name: str) -> nn.Module:
         """A plain copy of one task's network: the original classes with dense weights, which needs no taskzip to run.
