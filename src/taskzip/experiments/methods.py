@@ -36,6 +36,8 @@ STEPS: dict[str, dict[str, Any]] = {
     "+ private weights follow": {},
     "the same, weak ridge": {"ridge": 1e-3},
 }
+PRUNED_STEPS: dict[str, dict[str, Any]] = {"connections of both": {"connections": "any"}}
+"""Of pruned networks only; otherwise the default."""
 RIVALS: dict[str, dict[str, bool]] = {
     "plain average": {"matched": False},
     "matched by correlation, averaged": {"matched": True},
@@ -54,6 +56,7 @@ RETRAINED = (
     "+ output layers re-solved",
     "+ private weights follow",
     "the same, weak ridge",
+    "connections of both",
 )
 """What is retrained, where all units are shared."""
 
@@ -103,8 +106,10 @@ def table(results: Results, share: float) -> str:
         *(f"{steps} steps, {loss}" for steps, loss in later),
     ]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for method in ([*RIVALS] if share == 1 else []) + [*STEPS]:
+    for method in ([*RIVALS] if share == 1 else []) + [*STEPS, *PRUNED_STEPS]:
         first = _found(results, Measured(share, method, 0, "", 0))
+        if not first:
+            continue
         errors = [statistics.mean(values[k] for values in first) for k in (2, 3)]
         cells = [f"{errors[0]:.2f}", f"{errors[1]:.2f}", _rise(first)]
         cells += [_rise(_found(results, Measured(share, method, steps, loss, 0))) for steps, loss in later]
@@ -145,7 +150,7 @@ class Bench:
     def _ways(self, tasks: Sequence[tz.Task], share: float, seed: int) -> dict[str, Callable[[], tz.ZippedModel]]:
         zips: dict[str, Callable[[], tz.ZippedModel]] = {
             name: partial(tz.zip, tasks, share=share, progress=False, seed=seed, **options)
-            for name, options in STEPS.items()
+            for name, options in (STEPS | PRUNED_STEPS if self.case.endswith("sparse") else STEPS).items()
         }
         rivals: dict[str, Callable[[], tz.ZippedModel]] = {
             name: partial(averaged, tasks, **options) for name, options in RIVALS.items()
