@@ -8,12 +8,13 @@ PINS := pyproject.toml constraints.txt
 DEMO := $(VENV)/.installed-demo
 DEV := $(VENV)/.installed-dev
 
-.PHONY: help demo test lint types clean
+.PHONY: help demo test lint types bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    install into $(VENV) and run the demonstration"
 	@echo "make test    install into $(VENV), check style and types, run the tests with coverage"
+	@echo "make bench   time joint networks against separate ones, in PyTorch and ONNX Runtime: ten minutes"
 	@echo "make lint    ruff only"
 	@echo "make types   mypy only"
 	@echo "make clean   remove builds and caches ($(VENV) and runs/ stay)"
@@ -24,6 +25,10 @@ demo: $(DEMO)
 
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --cov --cov-report=term
+
+# On one thread, so that other work on the machine disturbs less.
+bench: $(DEV)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/joint_forward.py
 
 lint: $(DEV)
 	$(BIN)/ruff check
