@@ -6,7 +6,6 @@ that several tasks use is the same Parameter in each of their networks, like any
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from taskzip.zipped.products import Rows, forward_in_blocks
+from taskzip.zipped.products import Row, forward_in_blocks
 
 
 @dataclass(frozen=True)
@@ -84,50 +83,57 @@ class Blocks(nn.Module):
         for row in spec.rows:
             for block in row.blocks:
                 self.register_parameter(block.name, parameters[block.name])
-        orders = [*(row.order for row in spec.rows), spec.order]
-        for i, each in enumerate(orders):
+        for i, each in enumerate([*(row.order for row in spec.rows), spec.order]):
             order = None if each is None else torch.tensor(each, device=next(self.parameters()).device)
             self.register_buffer(f"_order{i}", order, persistent=False)
-        # What is read in every call, without the ways of nn.Module, which take longer than a small layer.
-        first = spec.rows[0].blocks
-        whole = len(spec.rows) == len(first) == 1 and first[0].inputs is None and not any(orders)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """What every call needs: at batch 1 a small layer takes no longer than looking it up."""
+        rows = self._spec.rows
+        first = rows[0].blocks
+        whole = (
+            len(rows) == len(first) == 1 and first[0].inputs is None and all(b is None for b in self._buffers.values())
+        )
         self._whole = first[0].name if whole else None
-        self._size = math.prod(spec.dense_shape)
+        self._plan = [([(b.name, b.inputs) for b in row.blocks], f"_order{i}") for i, row in enumerate(rows)]
+        self._last_order = f"_order{len(rows)}"
+        self._shape = self._spec.dense_shape
+        self._groups = [row.blocks[0].shape[0] for row in rows]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._prepare()
 
     def forward(self) -> Tensor:
         """The dense weight, [units, inputs, *kernel], or the bias, [units]."""
         if self._whole is not None:
-            parameter = self._parameters[self._whole]
-            assert parameter is not None
-            return parameter
-        rows = [self._row(*row) for row in self._rows()]
+            return self._part(self._whole, None)
+        rows = [_row(*row) for row in self._rows()]
         whole = rows[0] if len(rows) == 1 else torch.cat(rows)
         order = self._order()
         return whole if order is None else whole.index_select(0, order)
 
-    def _rows(self) -> Rows:
-        """The blocks of each group of rows, and the order of its columns."""
-        return [
-            ([self._part(block) for block in row.blocks], self._buffers[f"_order{i}"])
-            for i, row in enumerate(self._spec.rows)
-        ]
+    def _rows(self) -> list[Row]:
+        """The blocks of each group of rows, and the order into which their columns are put."""
+        buffers = self._buffers
+        return [([self._part(name, inputs) for name, inputs in parts], buffers[order]) for parts, order in self._plan]
 
     def _order(self) -> Tensor | None:
-        return self._buffers[f"_order{len(self._spec.rows)}"]
+        return self._buffers[self._last_order]
 
-    @staticmethod
-    def _row(blocks: Sequence[Tensor], order: Tensor | None) -> Tensor:
-        whole = blocks[0] if len(blocks) == 1 else torch.cat(list(blocks), dim=1)
-        return whole if order is None else whole.index_select(1, order)
-
-    def _part(self, block: BlockSpec) -> Tensor:
-        parameter = self._parameters[block.name]
-        assert parameter is not None
-        return parameter if block.inputs is None else parameter[:, : block.inputs]
+    def _part(self, name: str, inputs: int | None) -> Tensor:
+        parameter: Any = self._parameters[name]
+        return parameter if inputs is None else parameter[:, :inputs]
 
     def extra_repr(self) -> str:
         """The blocks with their shapes, for print(network)."""
         return ", ".join(f"{name}: {'x'.join(map(str, p.shape))}" for name, p in self.named_parameters())
+
+
+def _row(blocks: list[Tensor], order: Tensor | None) -> Tensor:
+    whole = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+    return whole if order is None else whole.index_select(1, order)
 
 
 class Zipped:
