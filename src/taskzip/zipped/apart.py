@@ -39,10 +39,10 @@ def apart_forward(
 
 
 def _computed(weight: Blocks, bias: Blocks | None, run: Callable[..., Tensor], x: Tensor, dim: int) -> Tensor:
-    biases = [None] * len(weight._spec.rows) if bias is None else bias._groups()
+    biases = [None] * len(weight._spec.rows) if bias is None else bias._grouped()
     found = [
         run(_selected(x, dim, reads), rows, each)
-        for rows, each, reads in zip(weight._groups(), biases, weight._reads(), strict=True)
+        for rows, each, reads in zip(weight._grouped(), biases, weight._reads(), strict=True)
     ]
     return weight._ordered(found[0] if len(found) == 1 else torch.cat(found, dim), dim)
 

@@ -6,7 +6,6 @@ that several tasks use is the same Parameter in each of their networks, like any
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from taskzip.errors import InputError
 from taskzip.zipped.apart import apart_forward
-from taskzip.zipped.products import Rows, forward_in_blocks
+from taskzip.zipped.products import Row, forward_in_blocks
 
 
 @dataclass(frozen=True)
@@ -120,33 +119,41 @@ class Blocks(nn.Module):
             reads = row.read()
             if list(reads) != list(range(reads[0], reads[0] + len(reads))):
                 self.register_buffer(f"_read{i}", torch.tensor(reads, device=device), persistent=False)
-        # What is read in every call, without the ways of nn.Module, which take longer than a small layer.
-        first = spec.rows[0].blocks[0]
-        self._whole = first.name if spec.is_one_block and first.inputs is None and not spec.rows[0].absent else None
-        self._size = math.prod(spec.dense_shape)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """What every call needs: at batch 1 a small layer takes no longer than looking it up."""
+        rows = self._spec.rows
+        first = rows[0].blocks[0]
+        self._single = self._spec.is_one_block
+        self._whole = first.name if self._single and first.inputs is None and not rows[0].absent else None
+        self._plan = [([(b.name, b.inputs) for b in row.blocks], f"_order{i}") for i, row in enumerate(rows)]
+        self._last_order = f"_order{len(rows)}"
+        self._shape = self._spec.dense_shape
+        self._groups = [row.blocks[0].shape[0] for row in rows]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._prepare()
 
     def forward(self) -> Tensor:
         """The dense weight, [units, inputs, *kernel], or the bias, [units]."""
         if self._whole is not None:
-            parameter = self._parameters[self._whole]
-            assert parameter is not None
-            return parameter
-        rows = [self._row(*each, row.absent) for each, row in zip(self._rows(), self._spec.rows, strict=True)]
+            return self._part(self._whole, None)
+        rows = [_row(*each, row.absent) for each, row in zip(self._rows(), self._spec.rows, strict=True)]
         return self._ordered(rows[0] if len(rows) == 1 else torch.cat(rows), 0)
 
-    def _rows(self) -> Rows:
-        """The blocks of each group of rows, and the order of its columns."""
-        return [
-            ([self._part(block) for block in row.blocks], self._buffers[f"_order{i}"])
-            for i, row in enumerate(self._spec.rows)
-        ]
+    def _rows(self) -> list[Row]:
+        """The blocks of each group of rows, and the order into which their columns are put."""
+        buffers = self._buffers
+        return [([self._part(name, inputs) for name, inputs in parts], buffers[order]) for parts, order in self._plan]
 
     def _order(self) -> Tensor | None:
-        return self._buffers[f"_order{len(self._spec.rows)}"]
+        return self._buffers[self._last_order]
 
-    def _groups(self) -> list[Tensor]:
+    def _grouped(self) -> list[Tensor]:
         """The weights of each group of units from the inputs that it reads, or its biases."""
-        return [self._row(blocks, None) for blocks, _ in self._rows()]
+        return [_row(blocks, None) for blocks, _ in self._rows()]
 
     def _reads(self) -> list[tuple[int, int] | Tensor | None]:
         """Which inputs each group reads: a start and a length, numbers, or None for all."""
@@ -162,23 +169,22 @@ class Blocks(nn.Module):
             return self._buffers[f"_read{i}"]
         return (row.read()[0], row.inputs - row.absent) if row.absent else None
 
-    @staticmethod
-    def _row(blocks: Sequence[Tensor], order: Tensor | None, absent: int = 0) -> Tensor:
-        whole = blocks[0] if len(blocks) == 1 else torch.cat(list(blocks), dim=1)
-        if absent:
-            whole = torch.cat([whole, whole.new_zeros(len(whole), absent, *whole.shape[2:])], dim=1)
-        return whole if order is None else whole.index_select(1, order)
-
-    def _part(self, block: BlockSpec) -> Tensor:
-        parameter: Tensor | None = self._parameters[block.name]
-        assert parameter is not None
-        if not self._spec.is_one_block and type(parameter).dequantize is not Tensor.dequantize:
+    def _part(self, name: str, inputs: int | None) -> Tensor:
+        parameter: Any = self._parameters[name]
+        if not self._single and type(parameter).dequantize is not Tensor.dequantize:
             parameter = parameter.dequantize()  # quantised tensors cannot be put together
-        return parameter if block.inputs is None else parameter[:, : block.inputs]
+        return parameter if inputs is None else parameter[:, :inputs]
 
     def extra_repr(self) -> str:
         """The blocks with their shapes, for print(network)."""
         return ", ".join(f"{name}: {'x'.join(map(str, p.shape))}" for name, p in self.named_parameters())
+
+
+def _row(blocks: list[Tensor], order: Tensor | None, absent: int = 0) -> Tensor:
+    whole = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+    if absent:
+        whole = torch.cat([whole, whole.new_zeros(len(whole), absent, *whole.shape[2:])], dim=1)
+    return whole if order is None else whole.index_select(1, order)
 
 
 class Zipped:

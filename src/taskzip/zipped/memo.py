@@ -201,14 +201,16 @@ class Memo(TorchFunctionMode):
             for i, part in enumerate(result):
                 if _usable(part) and not any(part is tensor for tensor in tensors):
                     self._note(part, self._known.setdefault((number, i), len(self._known)))
-        elif _usable(result) and not any(result is tensor for tensor in tensors):
+        elif _usable(result):
+            place, own = _memory(result), True
+            for tensor in tensors:
+                if tensor is result:
+                    return
+                own = own and _memory(tensor) != place
             self._note(result, number)
-            if not self.last:
-                # A view is computed anew: it has to be one of the caller's own tensor.
-                place = _memory(result)
-                if not any(_memory(tensor) == place for tensor in tensors if _plain(tensor)):
-                    self._results[number] = (result, result._version)
-                    self._copies.discard(number)
+            if own and not self.last:  # a view is computed anew: it has to be one of the caller's own tensor
+                self._results[number] = (result, result._version)
+                self._copies.discard(number)
 
     def _recall(self, number: int) -> Tensor | None:
         result, version = self._results.get(number, (None, None))
