@@ -39,13 +39,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("networks", nargs="*", help=f"default {', '.join(NETWORKS)}")
     parser.add_argument("--runs", type=int, default=50, help="calls of each, default 50")
+    parser.add_argument("--no-cross", action="store_true", help="without weights from private to shared units")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print("| networks | share | batch | one task | both tasks | one task, ONNX | both tasks, ONNX | size of the file |")
     print("|---|---|---|---|---|---|---|---|")
     for name in options.networks or NETWORKS:
         make, shape, settings = NETWORKS[name]
-        rows(name, make, shape, settings, options.runs)
+        rows(name, make, shape, settings | {"cross": not options.no_cross}, options.runs)
 
 
 def rows(

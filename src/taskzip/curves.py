@@ -70,6 +70,8 @@ class Tradeoff:
     """The curves of all layers together, in the order in which these run.
 
     Exact for two tasks; with more, which units meet in one group is not known before, and the saving is an estimate.
+    With `cross=False` it is the least that is saved: weights from private to shared units, which then do not exist, are
+    left out, for their saving grows as earlier layers share less, while the costs of doing without them are not known.
     """
 
     def __init__(self, curves: Iterable[Curve]) -> None:

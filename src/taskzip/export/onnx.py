@@ -40,7 +40,8 @@ def export_onnx(
 
     The outputs are called after the tasks: "digits", or "digits.0" and "digits.logits" where the network returns a
     tuple, a dict or a dataclass. A shared block is one initializer, from which each task's weight is put together in
-    the graph; layers that are fully shared and read the same input run once.
+    the graph; layers that are fully shared and read the same input run once, and with `zip(cross=False)` what is shared
+    of each layer.
 
     Args:
         zipped: the joint network; it is exported as it is in eval mode, and not changed.

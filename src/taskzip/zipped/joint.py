@@ -23,7 +23,8 @@ def run_jointly(networks: nn.ModuleDict, args: tuple[Any, ...], kwargs: dict[str
     """Every network's output, the same as if each had run by itself, one after another.
 
     What they have in common is computed once: results of pure functions of the input, of shared weights and of equal
-    buffers. These stay in memory until the last network has taken them.
+    buffers, and of layers that compute shared units by themselves, where these read equal values (without gradients,
+    and to rounding). Results, and what such layers read, stay in memory until the last network has taken them.
 
     Each network does run by itself where any is in training mode, for dropout and batch statistics are its own; where
     any holds torch's own attention or compiled parts; and while torch compiles, traces or exports.

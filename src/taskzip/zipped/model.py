@@ -87,8 +87,9 @@ class ZippedModel(nn.Module):
         """Every task's output for the same input. Networks that take different inputs are called one by one.
 
         In eval mode, what the tasks have in common is computed once: from the input on, for as long as layers are fully
-        shared. Its results stay in memory until the last task has taken them, and single small inputs are faster task
-        by task. Gradients run through it once, for all tasks together: call `backward` on the sum of the losses.
+        shared; and the shared units of all layers, where the networks were zipped with `cross=False`, without
+        gradients. Its results stay in memory until the last task has taken them, and single small inputs are faster
+        task by task. Gradients run through it once, for all tasks together: call `backward` on the sum of the losses.
 
         Raises:
             InputError: networks that write into their input in a way that leaves no other means than one by one.
