@@ -1,4 +1,4 @@
-"""torch.onnx reads its table of some 500 operators anew for every export, which is half of the time: here once."""
+"""Tables that torch reads anew for every export, which is half of the time: here once."""
 
 from functools import cache
 
@@ -11,8 +11,11 @@ pytest.importorskip("onnxruntime")
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_table():
+    from torch._export import utils
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(cache(ONNXRegistry.from_torchlib)))
+        of_namespace = utils._collect_all_valid_cia_ops_for_namespace
+        patch.setattr(utils, "_collect_all_valid_cia_ops_for_namespace", cache(of_namespace))
         yield

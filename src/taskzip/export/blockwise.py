@@ -57,9 +57,9 @@ def split_layers(graph: JointGraph, largest: int) -> None:
             groups = _groups(graph, layer.weight)
             if groups is None or (layer.bias is not None and graph.value(layer.bias) is None):
                 continue
-            groups = [part for group in groups for part in _parts(graph, group, largest)]
-            if len(groups) > 1 or len(groups[0].blocks) > 1 or groups[0].blocks[0].weight is not layer.weight:
-                layer.split(groups)
+            is_whole = len(groups) == len(groups[0].blocks) == 1 and groups[0].blocks[0].weight is layer.weight
+            if not is_whole or layer.weight.meta["val"].nbytes > largest:
+                layer.split(groups, largest)
     graph.unite()
 
 
@@ -69,7 +69,7 @@ def join_weights(graph: JointGraph) -> None:
         for argument in arguments(node)[1:3] if node.target in LAYERS else ():
             value = graph.value(argument)
             if isinstance(argument, Node) and argument.op == "call_function" and value is not None:
-                graph.replace(argument, graph.constant(argument.name, value.contiguous()))
+                graph.replace(argument, graph.constant(argument.name, value))
     graph.unite()
 
 
@@ -83,22 +83,40 @@ class _Layer:
         self._shape = self._input.meta["val"].shape
         self._axis = len(self._shape) - (self.weight.meta["val"].dim() - 1)
 
-    def split(self, groups: list[_Group]) -> None:
+    def split(self, groups: list[_Group], largest: int) -> None:
         """Put the sums and rows of blocks in the place of the layer."""
-        outputs = [self._units(group) for group in groups]
-        whole = self._call(aten.cat.default, outputs, self._axis) if len(outputs) > 1 else outputs[0]
+        whole = self._row([self._units(group, largest) for group in groups])
         units = [unit for group in groups for unit in group.units]
         self._graph.replace(self._node, self._chosen(whole, torch.argsort(torch.tensor(units)).tolist(), len(units)))
 
-    def _units(self, group: _Group) -> Node:
+    def _units(self, group: _Group, largest: int) -> Node:
         """What the layer gives for some of its units."""
         bias, total = self._graph.value(self.bias), None
         for block in group.blocks:
-            addend = None if bias is None or total is not None else self._graph.constant("bias", bias[group.units])
-            term = self._call(self._node.target, self._read(block), block.weight, addend, *self._settings)
+            addend = None if bias is None or total is not None else bias[group.units]
+            term = self._product(block, addend, largest)
             total = term if total is None else self._call(aten.add.Tensor, total, term)
         assert total is not None
         return total
+
+    def _product(self, block: _Block, bias: Tensor | None, largest: int) -> Node:
+        """A block times what it reads. How it is cut depends on nothing but itself: other tasks cut it as well."""
+        inputs, values = self._read(block), block.weight.meta["val"]
+        count = -(-values.nbytes // largest)
+        size = -(-len(values) // count)
+        terms = []
+        for start in range(0, len(values), size):
+            rows = slice(start, start + size)
+            weight = block.weight
+            if count > 1:
+                weight = self._graph.constant(f"{weight.target}_{start}", values[rows])
+            addend = None if bias is None else self._graph.constant("bias", bias[rows])
+            terms.append(self._call(self._node.target, inputs, weight, addend, *self._settings))
+        return self._row(terms)
+
+    def _row(self, parts: list[Node]) -> Node:
+        """Side by side along the axis of the units."""
+        return self._call(aten.cat.default, parts, self._axis) if len(parts) > 1 else parts[0]
 
     def _read(self, block: _Block) -> Node:
         """The inputs of a block, with zeros for columns that read nothing."""
@@ -121,23 +139,6 @@ class _Layer:
 
     def _call(self, target: Any, *args: Any) -> Node:
         return self._graph.call(self._node, target, *args)
-
-
-def _parts(graph: JointGraph, group: _Group, largest: int) -> list[_Group]:
-    """A group in parts of which no block is larger than it should be."""
-    count = -(-max(block.weight.meta["val"].nbytes for block in group.blocks) // largest)
-    if count == 1:
-        return [group]
-    size = -(-len(group.units) // count)
-    parts = []
-    for start in range(0, len(group.units), size):
-        rows = slice(start, start + size)
-        weights = {b.weight: b.weight.meta["val"][rows].clone() for b in group.blocks}
-        blocks = [
-            replace(b, weight=graph.constant(f"{b.weight.target}_{start}", weights[b.weight])) for b in group.blocks
-        ]
-        parts.append(_Group(group.units[rows], blocks))
-    return parts
 
 
 def _groups(graph: JointGraph, weight: Node) -> list[_Group] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,7 +40,9 @@ class Example:
             samples = next((len(t) for t in tensors.values() if t.dim()), None)
             if samples == 0:
                 raise InputError(f"example is empty: {next(iter(tensors))} has no sample.")
-            batch = f"batch_{task}" if task else "batch"
+            batch = f"batch_{task.replace('-', '_')}" if task else "batch"
+            while batch in self.batches.values():  # of a task called nearly the same
+                batch += "_"
             self.batches |= {name: batch for name, t in tensors.items() if t.dim() and len(t) == samples}
 
     def calls(self, tensors: Mapping[str, Tensor]) -> dict[str, Call]:
@@ -55,6 +57,10 @@ class Example:
         """The example of one task by itself."""
         alone = self._examples[""] if "" in self._examples else {task: self._examples[task]}
         return Example(alone, [task], self._device)
+
+    def read_by(self, tasks: Collection[str]) -> list[str]:
+        """The names of the tensors that these tasks read."""
+        return [name for name in self.tensors if any(name in self.only(task).tensors for task in tasks)]
 
     def resized(self, samples: int) -> dict[str, Tensor]:
         """The tensors, with so many samples in the batch: those of the example over and over again."""

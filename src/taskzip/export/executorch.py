@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from taskzip.errors import ExportError
+from taskzip.errors import ExportError, InputError
 from taskzip.export.agreement import check_same
 from taskzip.export.batch_norms import keep_apart
 from taskzip.export.blockwise import join_weights, split_layers
@@ -47,9 +49,9 @@ def export_executorch(
     """Write a joint network to one ExecuTorch file for XNNPACK, and check that its methods give the same outputs.
 
     There is a method for each task, and "forward" for all of them, in which what they have in common is computed once.
-    The method of a task has its name where that is an identifier, such as "digits"; otherwise "_" stands for every
-    other character and in front of a digit, and more of them behind a name that is taken. Inputs and outputs have no
-    names: they come in the order of the example and of the network's output, in "forward" task by task.
+    The method of a task has its name, with "_" for "-", in front of a digit, and behind a name that another task has.
+    Inputs and outputs have no names: they come in the order of the example and of the network's output, in "forward"
+    task by task.
 
     Args:
         zipped: the joint network; it is exported as it is in eval mode, and not changed.
@@ -72,9 +74,14 @@ def export_executorch(
             or one whose outputs differ from PyTorch's by more than `agreement.TOLERANCE`. Nothing is left behind.
     """
     _check_installed()
+    if partly_shared not in ("blocks", "weights"):
+        raise InputError(f"partly_shared is 'blocks' or 'weights', not {partly_shared!r}.")
+    if isinstance(zipped, ZippedModel) and device_of(zipped).type != "cpu":
+        zipped = copy.deepcopy(zipped).cpu()  # XNNPACK's programs are made, and checked, where they run
     networks = chosen(zipped, tasks)
     target = writable(path)
-    given = Example(example, list(networks), device_of(zipped))
+    given = Example(example, list(networks), torch.device("cpu"))
+    _check_batch(given, max_batch)
     methods = _methods(list(networks))
     with evaluating(*networks.values()), quietly():
         wanted = outputs(networks, given, given.tensors)
@@ -98,14 +105,25 @@ def _check_installed() -> None:
         ) from error
 
 
+def _check_batch(example: Example, max_batch: int | None) -> None:
+    if max_batch is None:
+        return
+    if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 2:
+        raise InputError(
+            f"max_batch is a number of samples from 2 on, or None for the example's own, not {max_batch!r}."
+        )
+    samples = max((len(example.tensors[name]) for name in example.batches), default=0)
+    if samples > max_batch:
+        raise InputError(f"example has {samples} samples, more than max_batch={max_batch}.")
+
+
 def _methods(tasks: Sequence[str]) -> dict[str, str]:
-    """The name of each task's method."""
-    found = {task: task for task in tasks if task.isidentifier() and task != ALL}
+    """The name of each task's method: names of tasks are of letters, digits, "_" and "-", and never "forward"."""
+    found = {task: task for task in tasks if task.isidentifier()}
     for task in tasks:
         if task not in found:
-            name = re.sub(r"\W", "_", task)
-            name = name if name.isidentifier() else f"_{name}"
-            while name in (ALL, *found.values()):
+            name = re.sub(r"^(?=\d)|-", "_", task)
+            while name in found.values():
                 name += "_"
             found[task] = name
     return {task: found[task] for task in tasks}
@@ -115,16 +133,20 @@ def _program(
     networks: dict[str, nn.Module], example: Example, wanted: _Outputs, max_batch: int | None, form: str
 ) -> Any:
     """The ExecuTorch program of all methods."""
+
+    def made(tasks: Sequence[str], given: Example, most: int | None) -> Any:
+        programs = _exported({t: networks[t] for t in tasks}, given, {t: wanted[t] for t in tasks}, most, form)
+        return lowered(programs, PIECE)
+
+    def alone(task: str, dynamic: bool) -> Any:
+        return made([task], example.only(task), max_batch if dynamic else None)
+
     try:
-        return lowered(_exported(networks, example, wanted, max_batch, form), PIECE)
+        return made(list(networks), example, max_batch)
+    except OSError as error:
+        why = f"{error.strerror or error}, in temporary files. Is {tempfile.gettempdir()} writable, and has it room?"
+        raise ExportError(f"the tasks cannot be exported: {why}") from error
     except Exception as error:  # torch and ExecuTorch raise a dozen classes of their own
-
-        def alone(name: str, dynamic: bool) -> object:
-            each = {name: networks[name]}
-            return lowered(
-                _exported(each, example.only(name), {name: wanted[name]}, max_batch if dynamic else None, form), PIECE
-            )
-
         raise explained(error, networks, alone, max_batch is not None, "leave max_batch away") from error
 
 
@@ -132,9 +154,8 @@ def _exported(
     networks: dict[str, nn.Module], example: Example, wanted: _Outputs, max_batch: int | None, form: str
 ) -> dict[str, ExportedProgram]:
     """A program for each method: parts of one graph, so that what they have in common is the same in all of them."""
-    tensors = (
-        example.resized(2) if max_batch else example.tensors
-    )  # torch.export takes a 1 for a size that never changes
+    # torch.export takes a size of 1 for one that never changes.
+    tensors = example.resized(2) if max_batch else example.tensors
     axes = {batch: torch.export.Dim(batch, min=1, max=max_batch) for batch in example.batches.values()}
     shapes = {n: {0: axes[example.batches[n]]} if max_batch and n in example.batches else None for n in tensors}
     joint = torch.export.export(
@@ -149,7 +170,7 @@ def _exported(
     methods = {name: [task] for task, name in _methods(list(networks)).items()} | {ALL: list(networks)}
     programs = {}
     for method, tasks in methods.items():
-        inputs = [name for name in tensors if any(name in example.only(task).tensors for task in tasks)]
+        inputs = example.read_by(tasks)
         part = graph.part(inputs, [name for task in tasks for name in wanted[task]])
         programs[method] = torch.export.export(
             part,
@@ -172,7 +193,7 @@ def _check(
 
     runs = [(name, [task]) for task, name in methods.items()] + [(ALL, list(methods))]
     for method, tasks in runs:
-        given = [t.contiguous() for n, t in tensors.items() if any(n in example.only(task).tensors for task in tasks)]
+        given = [tensors[name].contiguous() for name in example.read_by(tasks)]
         try:
             program = Runtime.get().load_program(part)
             found = program.load_method(method).execute(given)

@@ -71,7 +71,7 @@ class JointGraph:
         name = _identifier(name)
         while name in self._constants:
             name += "_"
-        self._constants[name] = value
+        self._constants[name] = value = _compact(value)
         start = next((node for node in self.graph.nodes if node.op not in ("placeholder", "get_attr")), None)
         with self.graph.inserting_before(start):
             node = self.graph.get_attr(name)
@@ -148,6 +148,13 @@ def arguments(node: Node) -> list[Any]:
 
 def _identifier(name: str) -> str:
     return "_" + re.sub(r"\W", "_", name)
+
+
+def _compact(value: Tensor) -> Tensor:
+    """With its numbers one after another and nothing around them, for exporters write all of the memory of a tensor."""
+    if value.is_contiguous() and value.untyped_storage().nbytes() == value.nbytes:
+        return value
+    return value.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
