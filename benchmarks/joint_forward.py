@@ -13,7 +13,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,25 +32,35 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, An
     "VGG-16 / 4": (lambda: VGG16(10, widths=WIDTHS, hidden=256), (3, 32, 32), {}),
     "ResNet-20": (ResNet20, (3, 32, 32), {"batch_norm": "fold"}),
 }
+WIDER: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, Any]]] = {
+    "VGG-16 / 2": (lambda: VGG16(10, widths=[2 * w for w in WIDTHS], hidden=512), (3, 32, 32), {"max_rows": 500}),
+}
+"""Only where it is asked for."""
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("networks", nargs="*", help=f"default {', '.join(NETWORKS)}")
+    parser.add_argument("networks", nargs="*", help=f"default {', '.join(NETWORKS)}; also {', '.join(WIDER)}")
     parser.add_argument("--runs", type=int, default=50, help="calls of each, default 50")
+    parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help=f"default {SHARES}")
     parser.add_argument("--no-cross", action="store_true", help="without weights from private to shared units")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print("| networks | share | batch | one task | both tasks | one task, ONNX | both tasks, ONNX | size of the file |")
     print("|---|---|---|---|---|---|---|---|")
     for name in options.networks or NETWORKS:
-        make, shape, settings = NETWORKS[name]
-        rows(name, make, shape, settings | {"cross": not options.no_cross}, options.runs)
+        make, shape, settings = (NETWORKS | WIDER)[name]
+        rows(name, make, shape, settings | {"cross": not options.no_cross}, options.shares, options.runs)
 
 
 def rows(
-    title: str, make: Callable[[], nn.Module], shape: tuple[int, ...], settings: dict[str, Any], runs: int
+    title: str,
+    make: Callable[[], nn.Module],
+    shape: tuple[int, ...],
+    settings: dict[str, Any],
+    shares: Sequence[float],
+    runs: int,
 ) -> None:
     """A row for each share and size of batch."""
     nets = [make().eval() for _ in range(2)]
@@ -60,7 +70,7 @@ def rows(
         files = {name: Path(folder) / f"{name}.onnx" for name in ("a", "b", "task", "joint")}
         for name in "ab":
             tz.export_onnx(originals, files[name], example, tasks=[name])
-        for share in SHARES:
+        for share in shares:
             tasks = [tz.Task(name, net, [torch.randn(64, *shape)]) for name, net in zip("ab", nets, strict=True)]
             zipped = tz.zip(tasks, share=share, compensate=False, progress=False, **settings).eval()
             tz.export_onnx(zipped, files["task"], example, tasks=["a"])
