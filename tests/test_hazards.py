@@ -683,6 +683,38 @@ def test_cutting_weights_into_blocks_changes_none_of_them(tasks: int) -> None:
     assert not {name: moved for (name, number), moved in MOVED_BY_CUTTING.items() if moved and number == tasks}
 
 
+@pytest.mark.parametrize("tasks", [2, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_strangers_without_weights_from_private_to_shared_units(name: str, tasks: int, tmp_path: Path) -> None:
+    """What is not there was 0 before the weights were cut; nothing is written twice, and all outputs hold together."""
+    models = [network(name, seed) for seed in range(tasks)]
+    x = [data(name, seed, SAMPLES + seed) for seed in range(tasks)]
+    found = {}
+
+    def install(members: Sequence[Any], inputs: Any, groups: Any) -> None:
+        before = [dense_of(name, member.network) for member in members]
+        install_blocks(members, inputs, groups)
+        for member, was in zip(members, before, strict=True):
+            found.update({key: torch.equal(each, was[key]) for key, each in dense_of(name, member.network).items()})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("taskzip.zipper.install_blocks", install)
+        zipped = zipped_of(name, models, x, share=0.5, cross=False)
+    assert all(found.values())
+    assert not any("@" in key for key, _ in zipped.named_parameters())
+    zipped.save(tmp_path / "joint.safetensors")
+    loaded = tz.load(tmp_path / "joint.safetensors", {task: network(name, 7) for task in zipped})
+    with torch.no_grad():
+        together = zipped(x[0])
+    for task, each in zip(zipped, x, strict=True):
+        now = outputs(zipped[task], each)
+        assert all(torch.isfinite(y).all() for y in now)
+        assert all(map(torch.equal, outputs(loaded[task], each), now))
+        assert_close(outputs(zipped.materialize(task), each), now, 1e-10)
+        leaves = [leaf for leaf in pytree.tree_leaves(together[task]) if isinstance(leaf, Tensor)]
+        assert_close(leaves, outputs(zipped[task], x[0]), 1e-10)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_sharing_nothing_changes_nothing(name: str) -> None:
     models, x = [network(name, seed) for seed in range(2)], [data(name, seed) for seed in range(2)]
