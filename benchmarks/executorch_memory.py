@@ -1,9 +1,9 @@
 """The memory of a process that runs two VGG-16 from ExecuTorch files: a joint one, or one for each network.
 
 `python benchmarks/executorch_memory.py [--width 1.0] [--piece 64]` prints a Markdown table: peak and resident memory
-after each network has answered once, in Python (which takes several hundred MB for torch alone: also given without what
-it has before the first file is loaded), and, where there is a C++ compiler, in a program that links ExecuTorch's
-runtime from the same package and nothing else, with and without XNNPACK's weight cache.
+after each network has answered once, in Python by benchmarks/executorch_alone.py (which takes several hundred MB for
+torch alone: also given without what it has before the first file is loaded), and, where there is a C++ compiler, in a
+program that links ExecuTorch's runtime from the same package and nothing else, with and without XNNPACK's weight cache.
 
 The networks are untrained and share all hidden layers: memory does not depend on what they know. Images are of 32x32.
 """
@@ -11,6 +11,7 @@ The networks are untrained and share all hidden layers: memory does not depend o
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import subprocess
 import sys
@@ -30,26 +31,7 @@ from taskzip.models.vgg import WIDTHS
 
 IMAGE = (3, 32)
 HERE = Path(__file__).parent
-
-# What it prints: memory before the first file is loaded, peak and resident memory in the end, in kB.
-PYTHON = """
-import sys, warnings
-warnings.simplefilter("ignore")
-import torch
-from executorch.runtime import Runtime
-def memory(name):
-    return next(line.split()[1] for line in open("/proc/self/status") if line.startswith(name))
-torch.set_num_threads(1)
-channels, size, *calls = sys.argv[1:]
-before = memory("VmRSS")
-image = torch.ones(1, int(channels), int(size), int(size))
-programs = {}
-for call in calls:
-    file, _, method = call.rpartition(":")
-    programs[file] = programs.get(file) or Runtime.get().load_program(file)
-    programs[file].load_method(method).execute([image])
-print(before, memory("VmHWM"), memory("VmRSS"))
-"""
+ALONE = HERE / "executorch_alone.py"
 
 
 def main() -> None:
@@ -127,9 +109,11 @@ def runners(folder: Path) -> Iterator[tuple[str, Callable[[list[str]], list[int]
     """What runs the files, and a function that gives peak and resident memory in kB."""
     image = [str(number) for number in IMAGE]
 
+    torch.save([torch.ones(1, IMAGE[0], IMAGE[1], IMAGE[1])], folder / "image.pt")
+
     def python(calls: list[str], net: bool) -> list[int]:
-        before, *found = map(int, run([sys.executable, "-c", PYTHON, *image, *calls], folder).split())
-        return [kb - before * net for kb in found]
+        found = json.loads(run([sys.executable, ALONE, "image.pt", *calls], folder))
+        return [found[when] - found["before"] * net for when in ("peak", "after")]
 
     yield "Python", lambda calls: python(calls, net=False)
     yield "Python, without what it has before", lambda calls: python(calls, net=True)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from taskzip.errors import InputError
-from taskzip.models import ResNet20, ResNet28
+from taskzip.models import ResNet18, ResNet20, ResNet28
 from taskzip.models.resnet import BasicBlock
 
 
@@ -35,6 +35,18 @@ def test_resnet20_has_the_layers_of_he():
     # He et al. give 0.27 million, without projections.
     projections = (16 * 32 + 2 * 32) + (32 * 64 + 2 * 64)
     assert parameters(model) == 269_722 + projections
+
+
+def test_resnet18_has_the_layers_of_he_behind_a_small_first_one():
+    with torch.device("meta"):
+        model = ResNet18(classes=1000)
+    shapes = convolutions(model)
+    assert len([name for name in shapes if "shortcut" not in name]) + 1 == 18
+    assert shapes["conv1"] == (64, 3, 3, 3)
+    assert shapes["group4.0.conv1"] == (512, 256, 3, 3)
+    # torchvision's resnet18 has 11,689,512, with a first convolution of 7x7.
+    assert parameters(model) == 11_689_512 - 64 * 3 * (7 * 7 - 3 * 3)
+    assert ResNet18(widths=(2, 3, 4, 5), blocks=1).eval()(torch.rand(2, 3, 8, 8)).shape == (2, 10)
 
 
 def test_resnet28_has_the_layers_of_the_paper():
@@ -106,7 +118,7 @@ def test_the_normalisation_is_saved_but_not_trained():
         ({"std": (1.0,)}, r"std=\(1.0,\) must be one number, or one for each of the 3 channels"),
         ({"std": 0.0}, "std=0.0 must be positive"),
         ({"std": (1.0, -1.0, 1.0)}, "must be positive"),
-        ({"widths": (16, 32)}, r"widths=\(16, 32\) must be three numbers"),
+        ({"widths": (16, 32)}, r"widths=\(16, 32\) must be 3 numbers"),
         ({"widths": (16, 0, 64)}, "must all be at least 1"),
         ({"blocks": 0}, "blocks=0 must all be at least 1"),
         ({"classes": 0}, "classes=0, .* must all be at least 1"),

@@ -1,8 +1,9 @@
-"""Residual networks for small images: ResNet-20 of He et al. 2016 and ResNet-28 of the paper's Section 4.3.
+"""Residual networks for small images: ResNet-18 and ResNet-20 of He et al. 2016, ResNet-28 of the paper's Section 4.3.
 
 K. He, X. Zhang, S. Ren, J. Sun, *Deep Residual Learning for Image Recognition*, CVPR 2016 (arXiv:1512.03385).
 """
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -15,26 +16,30 @@ from taskzip.errors import InputError
 
 
 class ResNet(nn.Module):
-    """A 3x3 convolution, three groups of basic blocks, the mean over all positions, and a linear layer.
+    """A 3x3 convolution, groups of basic blocks, the mean over all positions, and a linear layer.
 
-    The layers are ``conv1`` and ``bn1``, then ``group1``, ``group2`` and ``group3`` of blocks ``0``, ``1``, ..., each
+    The layers are ``conv1`` and ``bn1``, then ``group1``, ``group2``, ... of blocks ``0``, ``1``, ..., each
     with ``conv1``, ``bn1``, ``conv2``, ``bn2`` and, where the shape changes, ``shortcut.conv`` and ``shortcut.bn``;
-    then ``fc``. The second and the third group halve height and width. The images are normalised first:
+    then ``fc``. Each group but the first halves height and width. The images are normalised first:
     ``(x - mean) / std``.
 
     Args:
         in_channels: channels of the images.
         classes: number of outputs.
-        widths: channels of the three groups; the first convolution has as many as the first group.
+        widths: channels of the groups; the first convolution has as many as the first group.
         blocks: basic blocks in each group.
         mean: what is subtracted from the images, one number for all channels or one for each.
         std: what the images are divided by after that, likewise.
 
     Raises:
-        InputError: if ``widths`` are not three, a size or ``std`` is not positive, or ``mean`` or ``std`` do not fit
-            the channels.
+        InputError: if ``widths`` are not one for each group, a size or ``std`` is not positive, or ``mean`` or ``std``
+            do not fit the channels.
+
+    Attributes:
+        groups: how many there are.
     """
 
+    groups = 3
     mean: Tensor
     std: Tensor
 
@@ -42,13 +47,13 @@ class ResNet(nn.Module):
         self,
         in_channels: int,
         classes: int,
-        widths: tuple[int, int, int],
+        widths: tuple[int, ...],
         blocks: int,
         mean: float | Sequence[float] = 0.0,
         std: float | Sequence[float] = 1.0,
     ) -> None:
         super().__init__()
-        _check_sizes(in_channels, classes, widths, blocks)
+        _check_sizes(in_channels, classes, widths, blocks, self.groups)
         means, stds = _per_channel("mean", mean, in_channels), _per_channel("std", std, in_channels)
         if min(stds) <= 0:
             raise InputError(f"std={std!r} must be positive: the images are divided by it")
@@ -56,17 +61,39 @@ class ResNet(nn.Module):
         self.register_buffer("std", torch.tensor(stds).reshape(-1, 1, 1))
         self.conv1 = _conv3x3(in_channels, widths[0])
         self.bn1 = nn.BatchNorm2d(widths[0])
-        self.group1 = _group(widths[0], widths[0], blocks, stride=1)
-        self.group2 = _group(widths[0], widths[1], blocks, stride=2)
-        self.group3 = _group(widths[1], widths[2], blocks, stride=2)
-        self.fc = nn.Linear(widths[2], classes)
+        for number, (before, width) in enumerate(itertools.pairwise((widths[0], *widths)), start=1):
+            self.add_module(f"group{number}", _group(before, width, blocks, stride=1 if number == 1 else 2))
+        self.fc = nn.Linear(widths[-1], classes)
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """Return logits for ``images`` of ``[batch, in_channels, height, width]``, of any height and width."""
         x = (images - self.mean) / self.std
         x = F.relu(self.bn1(self.conv1(x)))
-        x = self.group3(self.group2(self.group1(x)))
+        for number in range(1, self.groups + 1):
+            x = self.get_submodule(f"group{number}")(x)
         return self.fc(x.mean((2, 3)))
+
+
+class ResNet18(ResNet):
+    """ResNet-18 for small images: four groups of two basic blocks with 64 to 512 channels, 11.2 million parameters.
+
+    In place of a 7x7 convolution and a pooling, which suit images of 224x224, there is one 3x3 convolution.
+
+    Args: as for `ResNet`.
+    """
+
+    groups = 4
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        classes: int = 10,
+        widths: tuple[int, int, int, int] = (64, 128, 256, 512),
+        blocks: int = 2,
+        mean: float | Sequence[float] = 0.0,
+        std: float | Sequence[float] = 1.0,
+    ) -> None:
+        super().__init__(in_channels, classes, widths, blocks, mean, std)
 
 
 class ResNet20(ResNet):
@@ -146,9 +173,9 @@ def _projection(in_width: int, width: int, stride: int) -> nn.Sequential:
     return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(width)))
 
 
-def _check_sizes(in_channels: int, classes: int, widths: tuple[int, int, int], blocks: int) -> None:
-    if len(widths) != 3:
-        raise InputError(f"widths={widths!r} must be three numbers, one for each group")
+def _check_sizes(in_channels: int, classes: int, widths: tuple[int, ...], blocks: int, groups: int) -> None:
+    if len(widths) != groups:
+        raise InputError(f"widths={widths!r} must be {groups} numbers, one for each group")
     if min(in_channels, classes, blocks, *widths) < 1:
         raise InputError(
             f"in_channels={in_channels}, classes={classes}, widths={widths} and blocks={blocks} must all be at least 1"
