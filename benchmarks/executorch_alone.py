@@ -3,9 +3,9 @@
 `python benchmarks/executorch_alone.py input.pt joint.pte:forward [more.pte:method] [--calls 1] [--output output.pt]`
 
 `input.pt` holds the list of tensors with which all methods are called. All are loaded before the first one runs, as in
-a program that wants both tasks at any time; then they take turns. It prints JSON: memory, as Linux says of this process,
-in kB with nothing subtracted (VmRSS after the imports; VmHWM, its largest, after the last call; and VmRSS then); and the
-median CPU time of each method, in seconds. `output.pt` holds the list of outputs of each, by `file:method`.
+a program that wants both tasks at any time; then they take turns. It prints JSON: memory, as Linux says of this
+process, in kB with nothing subtracted (VmRSS after the imports; VmHWM, its largest, after the last call; VmRSS then);
+and the median CPU time of each method, in seconds. `output.pt` holds the list of outputs of each, by `file:method`.
 """
 
 from __future__ import annotations

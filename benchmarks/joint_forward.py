@@ -2,9 +2,9 @@
 
 `python benchmarks/joint_forward.py` prints a Markdown table for pairs of LeNet-5, VGG-16 without batch-norm, and
 ResNet-18 with batch-norm folded in, these two on images of 32x32. All figures are ratios to the original networks in
-the same run: the calls take turns, on one thread, and the medians of their CPU time are compared, in which other work on
-the machine counts little. The networks are untrained: how fast they run does not depend on what they know. The files
-are exported to a temporary folder.
+the same run: the calls take turns, on one thread, and the medians of their CPU time are compared, in which other work
+on the machine counts little. The networks are untrained: how fast they run does not depend on what they know. The
+files are exported to a temporary folder.
 """
 
 from __future__ import annotations
