@@ -1,7 +1,7 @@
 """taskzip: merge trained networks, after training, into one network that does every task (Multi-Task Zipping)."""
 
 from taskzip.errors import CheckpointError, ExportError, GraphError, InputError, TaskzipError
-from taskzip.export import export_executorch, export_onnx
+from taskzip.export import export_executorch, export_graph, export_onnx
 from taskzip.inspection import inspect
 from taskzip.measuring import measure
 from taskzip.plan import Budget, MaxDrop, Threshold
@@ -27,6 +27,7 @@ __all__ = [
     "ZippedModel",
     "__version__",
     "export_executorch",
+    "export_graph",
     "export_onnx",
     "from_pretrained",
     "inspect",

@@ -96,4 +96,6 @@ def test_constants_that_are_parts_of_others() -> None:
     part = graph_of({"a": net}, x).part(["input"], ["a"])
     for value in part.state_dict().values():
         assert value.is_contiguous() and value.untyped_storage().nbytes() == value.nbytes
-    assert torch.equal(part(x)[0], net(x))
+    torch.testing.assert_close(
+        part(x)[0], net(x).detach()
+    )  # the product of a matrix in another layout may round otherwise

@@ -21,7 +21,7 @@ from taskzip.export.delegation import lowered
 from taskzip.export.example import Example
 from taskzip.export.failures import explained, reason
 from taskzip.export.graphs import JointGraph
-from taskzip.export.joint import Joint, chosen, outputs
+from taskzip.export.joint import chosen, outputs, traced
 from taskzip.export.quiet import quietly
 from taskzip.export.target import writable, writing
 from taskzip.observation import evaluating
@@ -154,13 +154,8 @@ def _exported(
     networks: dict[str, nn.Module], example: Example, wanted: _Outputs, max_batch: int | None, form: str
 ) -> dict[str, ExportedProgram]:
     """A program for each method: parts of one graph, so that what they have in common is the same in all of them."""
-    # torch.export takes a size of 1 for one that never changes.
-    tensors = example.resized(2) if max_batch else example.tensors
-    axes = {batch: torch.export.Dim(batch, min=1, max=max_batch) for batch in example.batches.values()}
-    shapes = {n: {0: axes[example.batches[n]]} if max_batch and n in example.batches else None for n in tensors}
-    joint = torch.export.export(
-        Joint(networks, example), (list(tensors.values()),), dynamic_shapes=(list(shapes.values()),), strict=False
-    )
+    batch = (1, max_batch) if max_batch else None
+    joint, tensors, shapes = traced(networks, example, batch)
     graph = JointGraph(joint, list(tensors), [name for each in wanted.values() for name in each])
     if form == "blocks":
         split_layers(graph, PIECE)

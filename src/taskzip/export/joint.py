@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
 
 from taskzip.errors import ExportError, InputError, first_line
 from taskzip.export.example import Call, Example
@@ -41,6 +42,33 @@ class Joint(nn.Module):
         """The tensors lie as in the example, the outputs as `outputs` names them."""
         calls = self._example.calls(dict(zip(self._example.tensors, tensors, strict=True)))
         return [tensor for name, network in self.tasks.items() for _, tensor in _run(network, calls[name], name)]
+
+
+def traced(
+    networks: dict[str, nn.Module], example: Example, batch: tuple[int, int | None] | None
+) -> tuple[ExportedProgram, dict[str, Tensor], dict[str, dict[int, Dim] | None]]:
+    """All tasks as one program of torch, with a list of the example's tensors for its input.
+
+    Args:
+        networks: by task.
+        example: of what they read.
+        batch: the least and the largest size of batches, or None for those of the example's size only.
+
+    Returns:
+        The program, the tensors from which it was made, and which of their axes are of any size, by name.
+    """
+    if batch is None:
+        tensors, axes = example.tensors, {}
+    else:
+        tensors = example.resized(2)  # torch.export takes a size of 1 for one that never changes
+        least, most = batch
+        axes = {name: Dim(name, min=least, max=most) for name in set(example.batches.values())}
+    found = {name: example.batches.get(name) for name in tensors}
+    shapes = {name: {0: axes[axis]} if axis in axes else None for name, axis in found.items()}
+    joint = Joint(networks, example)
+    given = (list(tensors.values()),)
+    program = torch.export.export(joint, given, dynamic_shapes=(list(shapes.values()),), strict=False)
+    return program, tensors, shapes
 
 
 def _run(network: nn.Module, call: Call, name: str) -> Iterator[tuple[str, Tensor]]:

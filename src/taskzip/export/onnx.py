@@ -14,7 +14,7 @@ from taskzip.errors import ExportError
 from taskzip.export.agreement import check_same
 from taskzip.export.example import Example
 from taskzip.export.failures import explained, reason
-from taskzip.export.joint import Joint, chosen, outputs
+from taskzip.export.joint import chosen, outputs, traced
 from taskzip.export.quiet import quietly
 from taskzip.export.selections import move_selections
 from taskzip.export.splitting import split_layers
@@ -113,14 +113,8 @@ def _model(
 def _program(networks: dict[str, nn.Module], example: Example, outputs: list[str] | None, dynamic_batch: bool) -> Any:
     import torch.onnx
 
-    joint = Joint(networks, example)
-    tensors, shapes = list(example.tensors.values()), None
-    if dynamic_batch:
-        tensors = list(example.repeated(2).values())  # torch.export takes a size of 1 for one that never changes
-        axes = {batch: torch.export.Dim(batch) for batch in example.batches.values()}
-        shapes = ([{0: axes[example.batches[n]]} if n in example.batches else None for n in example.tensors],)
     with quietly():
-        exported = torch.export.export(joint, (tensors,), dynamic_shapes=shapes, strict=False)
+        exported, *_ = traced(networks, example, (0, None) if dynamic_batch else None)
         return torch.onnx.export(
             exported,
             input_names=list(example.tensors),

@@ -1,0 +1,96 @@
+"""A joint network as one graph of torch's own operators, for PyTorch and for all that reads its graphs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from taskzip.export.agreement import check_same
+from taskzip.export.example import Example
+from taskzip.export.failures import explained
+from taskzip.export.graphs import JointGraph
+from taskzip.export.joint import chosen, outputs, traced
+from taskzip.export.quiet import quietly
+from taskzip.observation import evaluating
+from taskzip.task import device_of
+from taskzip.zipped import ZippedModel
+
+
+def export_graph(
+    zipped: ZippedModel, example: Any, tasks: Sequence[str] | None = None, dynamic_batch: bool = True
+) -> GraphModule:
+    """A joint network as one graph in PyTorch, in which what the tasks have in common is computed once.
+
+    Nothing is looked up while it runs, so that it is fast for single small inputs too, where `zipped(x)` is not. It is
+    the network as it is now, for inference: its weights are those of the joint network, not copies, but get no
+    gradients, and after the network has changed another graph has to be made. `torch.compile` and `torch.export.export`
+    take it, and thereby what reads exported programs: `torch.export.save`, AOTInductor, converters for other runtimes.
+
+    Args:
+        zipped: the joint network; its graph is made as it is in eval mode, and it is not changed.
+        example: what the networks read, one input for all tasks: a tensor, a tuple of arguments, or a dict of keyword
+            arguments. Or one for each task: a dict whose keys are the names of the tasks. Arguments that are no tensors
+            become part of the graph.
+        tasks: which tasks the graph holds, and in which order; default all.
+        dynamic_batch: whether it takes batches of any size: all tensors whose first axis is as long as that of the
+            first tensor. Other sizes are the example's.
+
+    Returns:
+        A module whose arguments are the tensors of the example, in its order, called "input", "input_0" or as the
+        keyword, and with one input for each task "input_digits" and so on. It gives a dict of the outputs: "digits", or
+        "digits.0" and "digits.logits" where the network returns a tuple, a dict or a dataclass.
+
+    Raises:
+        InputError: no joint network, tasks that it does not have, or an example that does not fit.
+        ExportError: a network that cannot be exported, or a graph whose outputs differ from the networks' by more than
+            `agreement.TOLERANCE`.
+    """
+    networks = chosen(zipped, tasks)
+    given = Example(example, list(networks), device_of(zipped))
+
+    def made(tasks: Sequence[str], example: Example, dynamic: bool) -> GraphModule:
+        program, tensors, _ = traced({t: networks[t] for t in tasks}, example, (0, None) if dynamic else None)
+        names = [name for task in tasks for name in wanted[task]]
+        part = JointGraph(program, list(tensors), names).part(list(tensors), names)
+        return _with_names(part, list(tensors), names)
+
+    with evaluating(*networks.values()), quietly():
+        wanted = outputs(networks, given, given.tensors)
+        try:
+            graph = made(list(networks), given, dynamic_batch)
+        except Exception as error:  # torch raises whatever the network raises, and a dozen classes of its own
+
+            def alone(task: str, dynamic: bool) -> object:
+                return made([task], given.only(task), dynamic)
+
+            raise explained(error, networks, alone, dynamic_batch, "dynamic_batch=False") from error
+        _check(graph, networks, given, dynamic_batch)
+    return graph
+
+
+def _with_names(module: GraphModule, inputs: Sequence[str], outputs: Sequence[str]) -> GraphModule:
+    """Call arguments and outputs by their names, in place, and let no gradient run into the weights."""
+    for node, name in zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        node.target = re.sub(r"\W", "_", name)
+    (output,) = module.graph.find_nodes(op="output")
+    output.args = (dict(zip(outputs, output.args[0], strict=True)),)
+    module.recompile()
+    for name, parameter in list(module.named_parameters()):
+        delattr(module, name)
+        module.register_buffer(name, parameter.detach())
+    return module.eval()
+
+
+def _check(graph: GraphModule, networks: dict[str, nn.Module], example: Example, dynamic_batch: bool) -> None:
+    """Run the graph on the example, and on one with another number of samples, and compare."""
+    for tensors in [example.tensors, *([example.repeated(3)] if dynamic_batch else [])]:
+        with torch.no_grad():
+            found = graph(*tensors.values())
+        for each in outputs(networks, example, tensors).values():
+            for name, right in each.items():
+                check_same(name, found[name], right)
