@@ -14,12 +14,15 @@ from pathlib import Path
 def replacing(path: str | Path) -> Iterator[Path]:
     """Write to the path that this gives; at the end it takes the place of `path`, unless an error came before.
 
-    Its name is its own, so that two processes that write the same file do not write into one another's.
+    Its name is its own, so that two processes that write the same file do not write into one another's. A file that
+    was there before leaves its permissions to the new one.
     """
     path = Path(path)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    part = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
         yield part
+        if path.exists():
+            shutil.copymode(path, part)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

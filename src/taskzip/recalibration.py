@@ -21,6 +21,9 @@ Moments = tuple[Float[Tensor, " units"], Float[Tensor, " units"]]
 _ROUNDING = 1e-9
 """Corrections below this, relative to a unit's spread, are rounding: units that agree stay exactly as they are."""
 
+_LEAST = 1e-6
+"""Scales are no smaller: weights of units that were constant all but vanish, but 0 would be a missing connection."""
+
 
 def least_squares(
     statistics: LayerStatistics, weights: Float[Tensor, "units d1"], ridge: float, *, bias: bool
@@ -89,7 +92,8 @@ def match_spread(
         m, v = s.moments(w)
         mean, variance = mean + alpha * m, variance + alpha * v
     tiny = 1e-12 * (wanted_variance + wanted_mean.square()) + torch.finfo(variance.dtype).tiny
-    scale = torch.where(variance > tiny, (wanted_variance / variance.clamp_min(tiny)).sqrt(), torch.ones_like(variance))
+    ratio = (wanted_variance / variance.clamp_min(tiny)).sqrt().clamp_min(_LEAST)
+    scale = torch.where(variance > tiny, ratio, torch.ones_like(variance))
     scale = torch.where((scale - 1).abs() < _ROUNDING, torch.ones_like(scale), scale)
     shift = wanted_mean - scale * mean
     return scale, torch.where(shift.abs() < _ROUNDING * wanted_variance.sqrt(), torch.zeros_like(shift), shift)

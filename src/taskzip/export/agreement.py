@@ -1,31 +1,83 @@
-"""Whether an exported file gives what PyTorch gives."""
+"""Whether what was exported gives what PyTorch gives."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable, Iterable, Mapping
 
-from taskzip.errors import ExportError
+import torch
+from torch import Tensor, nn
+
+from taskzip.errors import ExportError, TaskzipError
+from taskzip.export.example import Example
+from taskzip.export.joint import outputs
 
 TOLERANCE = 1e-4
-"""How far the file's outputs may lie from PyTorch's, relative to the largest output of that name.
+"""How far outputs may lie from PyTorch's, relative to the largest output of that name.
 
-Numbers of half precision, of which one step is more than this, may be four steps away."""
+Numbers of half precision, of which one step is more than this, may be four steps away. Whole numbers are the same."""
+
+_ROUNDING = 1e-6
+"""How far in any case: that of sums which should be 0."""
 
 
-def check_same(name: str, given: Tensor, right: Tensor) -> None:
-    """Compare an output of the file with PyTorch's.
+def other_sizes(example: Example, largest: int | None = None) -> list[int]:
+    """Of batches that are to be tried, too: a single sample, which torch takes for special, and many."""
+    return sorted({1, largest or 3 * example.samples} - {example.samples}) if example.batches else []
+
+
+def check(
+    networks: Mapping[str, nn.Module],
+    example: Example,
+    sizes: Iterable[int],
+    run: Callable[[dict[str, Tensor]], Mapping[str, Tensor]],
+) -> None:
+    """Run what was exported on the example, and on batches of other sizes, and compare.
+
+    Args:
+        networks: by task.
+        example: of what they read.
+        sizes: of batches, besides the example's own.
+        run: gives the outputs of what was exported, by name, from the tensors of the example by name.
 
     Raises:
-        ExportError: another shape, or a difference of more than `TOLERANCE`.
+        ExportError: another type or shape, or a difference of more than `TOLERANCE`.
     """
+    for samples in (None, *sizes):
+        tensors = example.tensors if samples is None else example.resized(samples)
+        try:
+            _compare(networks, example, tensors, run(tensors))
+        except TaskzipError as error:
+            if samples is None:
+                raise
+            raise ExportError(f"with batches of {samples}: {str(error).rstrip('.')}") from error
+
+
+def _compare(
+    networks: Mapping[str, nn.Module], example: Example, tensors: dict[str, Tensor], given: Mapping[str, Tensor]
+) -> None:
+    wanted, again = (
+        {n: y for each in outputs(networks, example, tensors).values() for n, y in each.items()} for _ in "ab"
+    )
+    for name, right in wanted.items():
+        difference = _difference(given[name], right)
+        if difference:
+            if _difference(again[name], right):
+                raise ExportError(f"{name!r} is another one each time that PyTorch computes it, for the same input.")
+            raise ExportError(f"{name!r} {difference}.")
+
+
+def _difference(given: Tensor, right: Tensor) -> str:
+    """In which way a tensor is not what it should be; "" if it is."""
     if given.shape != right.shape:
-        raise ExportError(f"{name!r} is {list(given.shape)} in the exported file, but {list(right.shape)} in PyTorch.")
-    half = right.dtype.is_floating_point and right.dtype.itemsize < 4
-    tolerance = 4 * torch.finfo(right.dtype).eps if half else TOLERANCE
+        return f"is {list(given.shape)} where it was exported, but {list(right.shape)} in PyTorch"
+    if given.dtype != right.dtype:
+        return f"is of {given.dtype} where it was exported, but of {right.dtype} in PyTorch"
+    if not right.numel():
+        return ""
+    exact, half = not right.dtype.is_floating_point, right.dtype.itemsize < 4
+    relative = 0 if exact else 4 * torch.finfo(right.dtype).eps if half else TOLERANCE
     given, right = given.double(), right.double()
-    if right.numel() and not (given - right).abs().max() <= tolerance * right.abs().max():
-        raise ExportError(
-            f"{name!r} differs between the exported file and PyTorch by {(given - right).abs().max():.1e}, where the "
-            f"largest value is {right.abs().max():.1e}: nothing was written."
-        )
+    far, largest = (given - right).abs().max(), right.abs().max()
+    if far <= (0 if exact else _ROUNDING) + relative * largest:
+        return ""
+    return f"differs from PyTorch's by {far:.1e} where it was exported; the largest value is {largest:.1e}"

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from taskzip.errors import InputError
 
@@ -19,11 +21,12 @@ class Example:
 
     Attributes:
         tensors: by name: "input", "input.0" of a tuple, or the keyword; with one input for each task "input.task",
-            "input.task.0" and "input.task.keyword".
+            "input.task.0" and "input.task.keyword"; and so on for tensors inside of an argument.
         batches: the name of the first axis of those tensors in which it is the batch.
+        samples: of the largest batch; 0 where there are none.
 
     Raises:
-        InputError: inputs for some of the tasks only, or without a tensor or a sample.
+        InputError: inputs for some of the tasks only, without a tensor or a sample, or with arrays.
     """
 
     def __init__(self, example: Any, tasks: Sequence[str], device: torch.device) -> None:
@@ -31,6 +34,7 @@ class Example:
         self._examples = _by_task(example, tasks)
         self.tensors: dict[str, Tensor] = {}
         self.batches: dict[str, str] = {}
+        self.samples = 0
         for task, each in self._examples.items():
             tensors = {name: value.to(device) for name, value in _named(each, task) if isinstance(value, Tensor)}
             if not tensors:
@@ -40,18 +44,29 @@ class Example:
             samples = next((len(t) for t in tensors.values() if t.dim()), None)
             if samples == 0:
                 raise InputError(f"example is empty: {next(iter(tensors))} has no sample.")
+            self.samples = max(self.samples, samples or 0)
             batch = f"batch_{task.replace('-', '_')}" if task else "batch"
             while batch in self.batches.values():  # of a task called nearly the same
                 batch += "_"
             self.batches |= {name: batch for name, t in tensors.items() if t.dim() and len(t) == samples}
 
     def calls(self, tensors: Mapping[str, Tensor]) -> dict[str, Call]:
-        """How each task is called, with these tensors in place of the example's."""
+        """How each task is called, with these tensors in place of the example's.
+
+        Each gets copies, so that one that writes into its input does not write into that of another one.
+        """
         found: dict[str, Call] = {}
-        for task, each in self._examples.items():
-            values = tuple(tensors.get(name, value) for name, value in _named(each, task))
-            found[task] = ((), dict(zip(each, values, strict=True))) if isinstance(each, Mapping) else (values, {})
-        return {task: found.get(task) or found[""] for task in self._tasks}
+        for task in self._tasks:
+            whose = task if task in self._examples else ""
+            names = [name for name, _ in _named(self._examples[whose], whose)]
+            leaves, form = pytree.tree_flatten(self._examples[whose])
+            values = [tensors[n].clone() if n in tensors else leaf for n, leaf in zip(names, leaves, strict=True)]
+            given = pytree.tree_unflatten(values, form)
+            if isinstance(given, dict):
+                found[task] = ((), given)
+            else:
+                found[task] = (tuple(given) if isinstance(given, (tuple, list)) else (given,), {})
+        return found
 
     def only(self, task: str) -> Example:
         """The example of one task by itself."""
@@ -70,29 +85,29 @@ class Example:
             found[name] = tensor if chosen is None else tensor[chosen]
         return found
 
-    def repeated(self, times: int) -> dict[str, Tensor]:
-        """The tensors, with every sample of the batch so many times."""
-        return {name: torch.cat([t] * times) if name in self.batches else t for name, t in self.tensors.items()}
-
 
 def _by_task(example: Any, tasks: Sequence[str]) -> dict[str, Any]:
     """The example of each task, or of all under "": a dict whose keys are task names is by task."""
     if not isinstance(example, Mapping) or not set(example) & set(tasks):
-        return {"": example}
-    if set(example) != set(tasks):
+        return {"": _plain(example)}
+    if not set(example) >= set(tasks):
         raise InputError(
             f"example has inputs for {', '.join(map(str, example))}, but the tasks are {', '.join(tasks)}: give one "
             f"input for each task, or one for all of them."
         )
-    return {task: example[task] for task in tasks}
+    return {task: _plain(example[task]) for task in tasks}
+
+
+def _plain(example: Any) -> Any:
+    """A dict for what only behaves like one."""
+    return dict(example) if isinstance(example, Mapping) else example
 
 
 def _named(example: Any, task: str) -> Iterator[tuple[str, Any]]:
-    """Every argument and its name."""
-    start = f"input.{task}" if task else "input"
-    if isinstance(example, Mapping):
-        yield from ((f"{start}.{key}" if task else str(key), value) for key, value in example.items())
-    elif isinstance(example, (tuple, list)):
-        yield from ((f"{start}.{i}", value) for i, value in enumerate(example))
-    else:
-        yield start, example
+    """Every value in the arguments, and its name."""
+    start = ["input", task] if task else [] if isinstance(example, dict) else ["input"]
+    for path, value in pytree.tree_flatten_with_path(example)[0]:
+        name = ".".join([*start, *(str(getattr(key, "idx", getattr(key, "key", key))) for key in path)])
+        if isinstance(value, np.ndarray):
+            raise InputError(f"example: {name} is an array of NumPy, which networks do not read: give a tensor.")
+        yield name, value

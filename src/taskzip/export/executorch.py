@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from taskzip.errors import ExportError, InputError
-from taskzip.export.agreement import check_same
+from taskzip.export.agreement import check, other_sizes
 from taskzip.export.batch_norms import keep_apart
 from taskzip.export.blockwise import join_weights, split_layers
 from taskzip.export.delegation import lowered
 from taskzip.export.example import Example
-from taskzip.export.failures import explained, reason
+from taskzip.export.failures import NoRoom, explained, reason
 from taskzip.export.graphs import JointGraph
 from taskzip.export.joint import chosen, outputs, traced
 from taskzip.export.quiet import quietly
@@ -30,9 +30,6 @@ from taskzip.zipped import ZippedModel
 
 ALL = "forward"
 """The method of all tasks together: the one that ExecuTorch's runtimes call unless another is named."""
-
-_Outputs = Mapping[str, Mapping[str, Tensor]]
-"""By task and name of the output."""
 
 PIECE = 2**26
 """Bytes of weights that XNNPACK loads at once."""
@@ -82,16 +79,28 @@ def export_executorch(
     target = writable(path)
     given = Example(example, list(networks), torch.device("cpu"))
     _check_batch(given, max_batch)
-    methods = _methods(list(networks))
-    with evaluating(*networks.values()), quietly():
-        wanted = outputs(networks, given, given.tensors)
-        program = _program(networks, given, wanted, max_batch, partly_shared)
-        with writing(path, target) as part:
-            with part.open("wb") as file:
-                program.write_to_file(file)
-            for tensors in [given.tensors, *([given.resized(max_batch)] if max_batch else [])]:
-                _check(part, methods, outputs(networks, given, tensors), given, tensors)
-    return methods
+
+    def made(tasks: Sequence[str], example: Example, most: int | None, file: Path) -> dict[str, str]:
+        some, methods = {task: networks[task] for task in tasks}, _methods(tasks)
+        names = {task: list(each) for task, each in outputs(some, example, example.tensors).items()}
+        _write(_exported(some, names, methods, example, most, partly_shared), file)
+        for method, run_by in _tasks_of(methods).items():
+            run = _runner(file, method, example.read_by(run_by), [name for task in run_by for name in names[task]])
+            check({task: networks[task] for task in run_by}, example, other_sizes(example, most) if most else [], run)
+        return methods
+
+    def alone(task: str, dynamic: bool) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            made([task], given.only(task), max_batch if dynamic else None, Path(folder) / "alone.pte")
+
+    with evaluating(*networks.values()), quietly(), writing(path, target) as part:
+        outputs(networks, given, given.tensors)  # refuses what does not fit before the work, and not after it
+        try:
+            return made(list(networks), given, max_batch, part)
+        except (OSError, NoRoom):
+            raise
+        except Exception as error:  # torch and ExecuTorch raise a dozen classes of their own
+            raise explained(error, networks, alone, max_batch is not None, "leave max_batch away") from error
 
 
 def _check_installed() -> None:
@@ -129,44 +138,31 @@ def _methods(tasks: Sequence[str]) -> dict[str, str]:
     return {task: found[task] for task in tasks}
 
 
-def _program(
-    networks: dict[str, nn.Module], example: Example, wanted: _Outputs, max_batch: int | None, form: str
-) -> Any:
-    """The ExecuTorch program of all methods."""
-
-    def made(tasks: Sequence[str], given: Example, most: int | None) -> Any:
-        programs = _exported({t: networks[t] for t in tasks}, given, {t: wanted[t] for t in tasks}, most, form)
-        return lowered(programs, PIECE)
-
-    def alone(task: str, dynamic: bool) -> Any:
-        return made([task], example.only(task), max_batch if dynamic else None)
-
-    try:
-        return made(list(networks), example, max_batch)
-    except OSError as error:
-        why = f"{error.strerror or error}, in temporary files. Is {tempfile.gettempdir()} writable, and has it room?"
-        raise ExportError(f"the tasks cannot be exported: {why}") from error
-    except Exception as error:  # torch and ExecuTorch raise a dozen classes of their own
-        raise explained(error, networks, alone, max_batch is not None, "leave max_batch away") from error
+def _tasks_of(methods: Mapping[str, str]) -> dict[str, list[str]]:
+    """The tasks that each method runs."""
+    return {method: [task] for task, method in methods.items()} | {ALL: list(methods)}
 
 
 def _exported(
-    networks: dict[str, nn.Module], example: Example, wanted: _Outputs, max_batch: int | None, form: str
+    networks: dict[str, nn.Module],
+    names: Mapping[str, Sequence[str]],
+    methods: Mapping[str, str],
+    example: Example,
+    max_batch: int | None,
+    form: str,
 ) -> dict[str, ExportedProgram]:
     """A program for each method: parts of one graph, so that what they have in common is the same in all of them."""
-    batch = (1, max_batch) if max_batch else None
-    joint, tensors, shapes = traced(networks, example, batch)
-    graph = JointGraph(joint, list(tensors), [name for each in wanted.values() for name in each])
+    joint, tensors, shapes = traced(networks, example, (1, max_batch) if max_batch else None)
+    graph = JointGraph(joint, list(tensors), [name for each in names.values() for name in each])
     if form == "blocks":
         split_layers(graph, PIECE)
     else:
         join_weights(graph)
     keep_apart(graph)
-    methods = {name: [task] for task, name in _methods(list(networks)).items()} | {ALL: list(networks)}
     programs = {}
-    for method, tasks in methods.items():
+    for method, tasks in _tasks_of(methods).items():
         inputs = example.read_by(tasks)
-        part = graph.part(inputs, [name for task in tasks for name in wanted[task]])
+        part = graph.part(inputs, [name for task in tasks for name in names[task]])
         programs[method] = torch.export.export(
             part,
             tuple(tensors[name] for name in inputs),
@@ -176,24 +172,32 @@ def _exported(
     return programs
 
 
-def _check(
-    part: Path, methods: Mapping[str, str], wanted: _Outputs, example: Example, tensors: Mapping[str, Tensor]
-) -> None:
-    """Run the methods of the file and compare.
+def _write(programs: Mapping[str, ExportedProgram], file: Path) -> None:
+    try:
+        program = lowered(programs, PIECE)
+    except OSError as error:
+        why = f"{error.strerror or error}, in temporary files. Is {tempfile.gettempdir()} writable, and has it room?"
+        raise NoRoom(f"the tasks cannot be exported: {why}") from error
+    with file.open("wb") as opened:
+        program.write_to_file(opened)
+
+
+def _runner(
+    file: Path, method: str, inputs: Sequence[str], names: Sequence[str]
+) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    """Gives the outputs of a method, by name, from tensors by name.
 
     Raises:
-        ExportError: ExecuTorch cannot run it, or an output differs.
+        ExportError: ExecuTorch cannot load or run it.
     """
     from executorch.runtime import Runtime
 
-    runs = [(name, [task]) for task, name in methods.items()] + [(ALL, list(methods))]
-    for method, tasks in runs:
-        given = [tensors[name].contiguous() for name in example.read_by(tasks)]
+    def run(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         try:
-            program = Runtime.get().load_program(part)
-            found = program.load_method(method).execute(given)
+            program = Runtime.get().load_program(file)
+            found = program.load_method(method).execute([tensors[name].contiguous() for name in inputs])
         except Exception as error:  # classes of its own without a common base
-            raise ExportError(f"ExecuTorch cannot run what was exported: {reason(error)}.") from error
-        right = {name: value for task in tasks for name, value in wanted[task].items()}
-        for (name, value), other in zip(right.items(), found, strict=True):
-            check_same(name, other, value)
+            raise ExportError(f"what was exported cannot be run by ExecuTorch: {reason(error)}") from error
+        return dict(zip(names, found, strict=True))
+
+    return run

@@ -11,6 +11,10 @@ from torch.fx import Node
 from taskzip.errors import ExportError, first_line, line_in_code, place_in_code
 
 
+class NoRoom(ExportError):
+    """Temporary files that cannot be written: the fault of no task."""
+
+
 def reason(error: BaseException) -> str:
     """The line that says what is wrong, from an error of an exporter or the network itself."""
     import torch.onnx
@@ -18,6 +22,9 @@ def reason(error: BaseException) -> str:
     *_, innermost = _chain(error)
     # torch.onnx wraps what went wrong in advice on how to extend it.
     told = first_line(innermost if isinstance(error, torch.onnx.OnnxExporterError) else error)
+    guard = re.search(r"^Constraints violated.*?^ *- (.+?)$", str(error), re.DOTALL | re.MULTILINE)
+    if guard:
+        told = f"it works for some sizes of batch only ({guard[1].strip()})"
     told = re.split(r"[.!;]? (?:For more information|Failure message|See the stack trace|\(https?://)", told)[0]
     return told if len(told) <= 300 else f"{told[:300]} ..."
 

@@ -50,6 +50,8 @@ class JointGraph:
                 if not isinstance(value, Tensor):
                     raise ExportError("it has parts that run or not as the data decide (torch.cond and its kind)")
                 copies[node] = self.constant(node.target, value)
+            elif node.target == aten.clone.default and not node.kwargs:
+                copies[node] = copies[node.args[0]]  # where nothing is written, a copy is the thing itself
             else:
                 copies[node] = self.graph.node_copy(node, copies.__getitem__)
         self.unite()

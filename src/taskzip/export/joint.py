@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from taskzip.errors import ExportError, InputError, first_line
+from taskzip.errors import ExportError, InputError, first_line, place_in_code
 from taskzip.export.example import Call, Example
 from taskzip.export.outputs import named_tensors
+from taskzip.export.quiet import quietly, without_graph
 from taskzip.zipped import ZippedModel
 
 
@@ -22,6 +23,8 @@ def chosen(zipped: ZippedModel, tasks: Sequence[str] | None) -> dict[str, nn.Mod
     """
     if not isinstance(zipped, ZippedModel):
         raise InputError(f"what is exported is a joint network, as tz.zip gives it, not a {type(zipped).__name__}.")
+    if tasks is not None and not isinstance(tasks, Iterable):
+        raise InputError(f"tasks is a list of their names, not {tasks!r}.")
     names = list(zipped) if tasks is None else [tasks] if isinstance(tasks, str) else list(dict.fromkeys(tasks))
     unknown = [name for name in names if name not in list(zipped)]
     if unknown or not names:
@@ -67,7 +70,8 @@ def traced(
     shapes = {name: {0: axes[axis]} if axis in axes else None for name, axis in found.items()}
     joint = Joint(networks, example)
     given = (list(tensors.values()),)
-    program = torch.export.export(joint, given, dynamic_shapes=(list(shapes.values()),), strict=False)
+    with quietly(), without_graph():
+        program = torch.export.export(joint, given, dynamic_shapes=(list(shapes.values()),), strict=False)
     return program, tensors, shapes
 
 
@@ -77,37 +81,40 @@ def _run(network: nn.Module, call: Call, name: str) -> Iterator[tuple[str, Tenso
 
 
 def outputs(
-    networks: dict[str, nn.Module], example: Example, tensors: dict[str, Tensor]
+    networks: Mapping[str, nn.Module], example: Example, tensors: dict[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
     """What PyTorch gives, by task and name of the output.
 
     Raises:
-        InputError: an example that does not fit, or an output that is called as an input is.
+        InputError: an example that does not fit, two outputs of one name, or one that is called as an input is.
         ExportError: outputs without tensors, or with values that cannot be compared.
     """
     calls = example.calls(tensors)
+    taken = list(tensors)
     found: dict[str, dict[str, Tensor]] = {}
     for name, network in networks.items():
         try:
-            given = dict(_run(network, calls[name], name))
+            given = list(_run(network, calls[name], name))
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # whatever the network raises
             raise InputError(
                 f"example does not fit task {name!r}: {type(network).__name__} does not take {_shapes(tensors)} "
-                f"({first_line(error)})."
+                f"({type(error).__name__}: {first_line(error)}{place_in_code(error)})."
             ) from error
         if not given:
             raise ExportError(f"task {name!r} cannot be exported: its output has no tensors.")
-        if not all(torch.isfinite(tensor).all() for tensor in given.values()):
+        if not all(torch.isfinite(tensor).all() for _, tensor in given):
             raise ExportError(
-                f"task {name!r} gives NaN or infinite values for the example, so that a file could not be checked: "
-                f"give another example."
+                f"task {name!r} gives NaN or infinite values for the example, so that what is exported could not be "
+                f"checked: give another example."
             )
-        taken = sorted(set(given) & set(tensors))
-        if taken:
-            raise InputError(
-                f"{taken[0]!r} would be the name of both an input and an output: rename the task or keyword."
-            )
-        found[name] = given
+        for called, _ in given:
+            if called in taken:
+                kinds = "both an input and an output" if called in tensors else "two outputs"
+                raise InputError(f"{called!r} would be the name of {kinds}: rename the task, keyword or output.")
+            taken.append(called)
+        found[name] = dict(given)
     return found
 
 

@@ -22,6 +22,9 @@ _ELEMENTWISE = {
 }  # fmt: skip
 _POOLS = {"AveragePool", "GlobalAveragePool", "GlobalMaxPool", "LpPool", "MaxPool"}  # over all axes after the second
 
+_DEEPEST = 150
+"""Operators through which a selection is moved up, so that Python's own limit is not met."""
+
 
 class _Selection(NamedTuple):
     """Some places along an axis of a value."""
@@ -55,11 +58,16 @@ class _Mover:
     def __init__(self, graph: Any) -> None:
         self._graph = graph
         self._known: dict[_Selection, Any] = {}
+        self._depth = 0
 
     def moved(self, wanted: _Selection) -> Any:
         """A value equal to the selection that depends on the selected units only, or None."""
         if wanted not in self._known:
+            if self._depth == _DEEPEST:
+                return None
+            self._depth += 1
             self._known[wanted] = self._found(wanted)
+            self._depth -= 1
         return self._known[wanted]
 
     def _found(self, wanted: _Selection) -> Any:
@@ -98,6 +106,8 @@ class _Mover:
         """Of parts side by side, those that hold the places."""
         if node.attributes["axis"].value % len(wanted.value.shape) != wanted.axis:
             return None
+        if not all(each.shape is not None and isinstance(each.shape[wanted.axis], int) for each in node.inputs):
+            return None
         ends = np.cumsum([each.shape[wanted.axis] for each in node.inputs])
         owners = np.searchsorted(ends, wanted.places, side="right")
         starts = [0, *(1 + np.flatnonzero(np.diff(owners))), len(owners)]
@@ -117,7 +127,7 @@ class _Mover:
     def _averaged(self, node: Any, wanted: _Selection) -> Any:
         """Over axes behind that of the units, so that this one keeps its number."""
         x, axes = node.inputs[0], _constant(node.inputs[1]) if len(node.inputs) > 1 else None
-        if axes is None or not axes.size or (axes % len(x.shape)).min() <= wanted.axis:
+        if axes is None or x.shape is None or not axes.size or (axes % len(x.shape)).min() <= wanted.axis:
             return None
         return self._made(node, [self.moved(_Selection(x, wanted.axis, wanted.places)), *node.inputs[1:]], wanted)
 

@@ -40,7 +40,7 @@ def split_layers(model: Any) -> None:
         if node.op_type in ("Conv", "Gemm", "MatMul") and _plain(node):
             weight = _weight(node)
             parts = None if weight is None else _parts(weight)
-            if parts is not None and not (len(parts) == 1 and parts[0].block is weight):
+            if parts is not None and not (len(parts) == 1 and parts[0].block is weight) and _in_groups(parts):
                 _Split(model.graph, node, parts).run()
 
 
@@ -71,11 +71,16 @@ def _parts(value: Any) -> list[_Part] | None:
     if node is None or node.op_type not in ("Concat", "Gather"):
         return None
     axis = node.attributes["axis"].value if "axis" in node.attributes else 0
+    if axis not in (0, 1):  # inside of the kernels, or counted from behind
+        return None
     if node.op_type == "Gather":
         whole, order = _parts(node.inputs[0]), node.inputs[1].const_value
         if whole is None or order is None:
             return None
-        return [part.reordered(np.argsort(order.numpy()), axis) for part in whole]
+        where = np.argsort(order.numpy())
+        units = 1 + max(int((part.columns if axis else part.rows).max()) for part in whole)
+        is_permutation = np.array_equal(order.numpy()[where], np.arange(units))
+        return [part.reordered(where, axis) for part in whole] if is_permutation else None
     found, start = [], 0
     for each in node.inputs:
         whole = _parts(each)
@@ -84,6 +89,12 @@ def _parts(value: Any) -> list[_Part] | None:
         found += [part.moved(start, axis) for part in whole]
         start += each.shape[axis]
     return found
+
+
+def _in_groups(parts: Sequence[_Part]) -> bool:
+    """Whether every unit is in one group: blocks side by side are of the same units."""
+    groups = {tuple(part.rows) for part in parts}
+    return len({row for rows in groups for row in rows}) == sum(map(len, groups))
 
 
 class _Split:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,10 +24,17 @@ def writable(path: str | Path) -> Path:
             raise ExportError(f"cannot write {path}: there is no folder {target.parent}.")
         if target.exists() and not target.is_file():
             raise ExportError(f"cannot write {path}: it is a {'folder' if target.is_dir() else 'device'} and no file.")
-    except (OSError, RuntimeError) as error:  # too long a name; links that lead in a circle
-        raise ExportError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}.") from error
-    if not os.access(target.parent, os.W_OK):
-        raise ExportError(f"cannot write {path}: the folder {target.parent} is not writable.")
+    except (
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:  # too long a name; links in a circle; no path at all
+        raise ExportError(f"cannot write {path!r}: {getattr(error, 'strerror', None) or error}.") from error
+    for place in (target.parent, target):
+        if place.exists() and not os.access(place, os.W_OK):
+            what = "folder" if place.is_dir() else "file"
+            raise ExportError(f"cannot write {path}: the {what} {place} is not writable.")
     return target
 
 
@@ -41,6 +49,6 @@ def writing(path: str | Path, target: Path) -> Iterator[Path]:
         with replacing(target) as part:
             yield part
     except OSError as error:
-        raise ExportError(
-            f"cannot write {path}: {error.strerror or error}. Is the folder writable, and has it room?"
-        ) from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        ask = "Has it room?" if full else "Is the folder writable?"
+        raise ExportError(f"cannot write {path}: {error.strerror or error}. {ask}") from error

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from torch.fx import GraphModule
 
-from taskzip.export.agreement import check_same
+from taskzip.export.agreement import check, other_sizes
 from taskzip.export.example import Example
 from taskzip.export.failures import explained
 from taskzip.export.graphs import JointGraph
@@ -54,23 +53,23 @@ def export_graph(
     given = Example(example, list(networks), device_of(zipped))
 
     def made(tasks: Sequence[str], example: Example, dynamic: bool) -> GraphModule:
-        program, tensors, _ = traced({t: networks[t] for t in tasks}, example, (0, None) if dynamic else None)
-        names = [name for task in tasks for name in wanted[task]]
-        part = JointGraph(program, list(tensors), names).part(list(tensors), names)
-        return _with_names(part, list(tensors), names)
+        some = {task: networks[task] for task in tasks}
+        names = [name for each in outputs(some, example, example.tensors).values() for name in each]
+        program, tensors, _ = traced(some, example, (0, None) if dynamic else None)
+        graph = _with_names(JointGraph(program, list(tensors), names).part(list(tensors), names), list(tensors), names)
+        with torch.no_grad():
+            check(some, example, other_sizes(example) if dynamic else [], lambda tensors: graph(*tensors.values()))
+        return graph
+
+    def alone(task: str, dynamic: bool) -> None:
+        made([task], given.only(task), dynamic)
 
     with evaluating(*networks.values()), quietly():
-        wanted = outputs(networks, given, given.tensors)
+        outputs(networks, given, given.tensors)  # refuses what does not fit
         try:
-            graph = made(list(networks), given, dynamic_batch)
+            return made(list(networks), given, dynamic_batch)
         except Exception as error:  # torch raises whatever the network raises, and a dozen classes of its own
-
-            def alone(task: str, dynamic: bool) -> object:
-                return made([task], given.only(task), dynamic)
-
             raise explained(error, networks, alone, dynamic_batch, "dynamic_batch=False") from error
-        _check(graph, networks, given, dynamic_batch)
-    return graph
 
 
 def _with_names(module: GraphModule, inputs: Sequence[str], outputs: Sequence[str]) -> GraphModule:
@@ -84,13 +83,3 @@ def _with_names(module: GraphModule, inputs: Sequence[str], outputs: Sequence[st
         delattr(module, name)
         module.register_buffer(name, parameter.detach())
     return module.eval()
-
-
-def _check(graph: GraphModule, networks: dict[str, nn.Module], example: Example, dynamic_batch: bool) -> None:
-    """Run the graph on the example, and on one with another number of samples, and compare."""
-    for tensors in [example.tensors, *([example.repeated(3)] if dynamic_batch else [])]:
-        with torch.no_grad():
-            found = graph(*tensors.values())
-        for each in outputs(networks, example, tensors).values():
-            for name, right in each.items():
-                check_same(name, found[name], right)
