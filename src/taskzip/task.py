@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -51,6 +52,10 @@ class Task:
             )
         if hasattr(nn.ModuleDict(), self.name):
             raise InputError(f"task name {self.name!r} is an attribute of torch's ModuleDict: choose another name.")
+        if keyword.iskeyword(self.name):
+            raise InputError(
+                f"task name {self.name!r} is a word of Python, as which torch's graphs read it: choose another."
+            )
         if not isinstance(self.model, nn.Module):
             raise InputError(f"task {self.name!r}: model must be a torch nn.Module, got {type(self.model).__name__}.")
         if isinstance(self.data, Tensor):

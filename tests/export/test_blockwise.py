@@ -97,3 +97,22 @@ def test_large_weights_are_cut_and_unknown_ones_left() -> None:
     join_weights(graph)
     assert not graph.graph.find_nodes(op="call_function", target=torch.ops.aten.tril.default)
     torch.testing.assert_close(graph.part(["input"], ["a"])(x)[0], net(x))
+
+
+class Crossed(nn.Module):
+    """Parts side by side, of which one lies in another order of units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Parameter(torch.randn(4, 2)), nn.Parameter(torch.randn(4, 3))
+        self.register_buffer("order", torch.tensor([2, 0, 3, 1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, torch.cat([self.left.index_select(0, self.order), self.right], 1))
+
+
+def test_parts_in_different_orders_are_left_alone() -> None:
+    net, x = Crossed(), torch.randn(3, 5)
+    graph = graph_of({"a": net}, x)
+    split_layers(graph, 2**20)
+    torch.testing.assert_close(graph.part(["input"], ["a"])(x)[0], net(x))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import resource
 import subprocess
@@ -188,6 +189,57 @@ def test_tasks_with_names_and_inputs_of_their_own(tmp_path: Path) -> None:
     assert_same(run(path, "forward", x, shift, y), [*nets[0](x, shift), *nets[1](y)])
 
 
+class OneAxis(nn.Module):
+    """Convolutions along one axis, with batch-norm."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv1d(2, width, 3, padding="same"), nn.BatchNorm1d(width)
+        self.second, self.out = nn.Conv1d(width, 6, 3), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.first(x)))
+        return self.out(F.relu(self.second(x)).mean(2))
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+@pytest.mark.parametrize("form", ["blocks", "weights"])
+def test_convolutions_along_one_axis_whose_weights_are_used_twice(tmp_path: Path, share: float, form: Any) -> None:
+    nets, path = made(OneAxis), tmp_path / "joint.pte"
+    tasks = [tz.Task(name, net.eval(), [torch.randn(20, 2, 9)]) for name, net in zip(("a", "b"), nets, strict=True)]
+    joint = tz.zip(tasks, share=share, progress=False, compensate=False).eval()
+    x, y = torch.randn(1, 2, 9), torch.randn(2, 2, 9)
+    tz.export_executorch(joint, path, {"a": x, "b": y}, partly_shared=form)
+    assert_same(run(path, "forward", x, y), [joint["a"](x), joint["b"](y)])
+    if form == "blocks":
+        assert weights(path) <= joint.parameter_count() + 4 * 8  # a scale and a shift of each task's batch-norm
+
+
+def test_an_example_with_channels_last(tmp_path: Path) -> None:
+    joint, path, x = tz.ZippedModel({"a": Small()}).eval(), tmp_path / "joint.pte", torch.randn(2, 1, 8, 8)
+    tz.export_executorch(joint, path, x.to(memory_format=torch.channels_last))
+    assert_same(run(path, "a", x), [joint["a"](x)])
+
+
+class OfTheData(nn.Module):
+    """Batch-norm whose scale depends on the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.register_buffer("mean", torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return F.batch_norm(y, self.mean, self.mean.square() + 1, self.first(x + 1).mean(0), None)
+
+
+def test_batch_norm_that_depends_on_the_data(tmp_path: Path) -> None:
+    joint, path, x = tz.ZippedModel({"a": OfTheData()}).eval(), tmp_path / "joint.pte", torch.randn(3, 4)
+    tz.export_executorch(joint, path, x)
+    assert_same(run(path, "a", x), [joint["a"](x)])
+
+
 def test_names_of_methods() -> None:
     tasks = ["a-b", "a_b", "1st", "class", "1-2", "_1_2"]
     names = ["a_b_", "a_b", "_1st", "class", "_1_2_", "_1_2"]
@@ -222,10 +274,13 @@ def refused(tmp_path: Path, error: type[Exception], message: str, *args: Any, **
         (tz.InputError, "example has 3 samples, more than max_batch=2", {"example": torch.randn(3, 4), "max_batch": 2}),
         (tz.ExportError, "there is no folder", {"path": "no/such/folder/joint.pte"}),
         (tz.ExportError, "it is a folder", {"path": "."}),
+        (tz.InputError, "task 'a' has weights without values", {"device": "meta"}),
     ],
 )  # fmt: skip
 def test_what_cannot_be(tmp_path: Path, small: Any, error: Any, message: str, options: dict[str, Any]) -> None:
     path = tmp_path / options.pop("path", "joint.pte")
+    if "device" in options:
+        small = copy.deepcopy(small).to(options.pop("device"))
     refused(tmp_path, error, message, small, path, options.pop("example", torch.randn(2, 4)), **options)
 
 
@@ -237,6 +292,17 @@ def test_a_network_that_is_not_zipped(tmp_path: Path) -> None:
 def test_packages_that_are_not_there(tmp_path: Path, small: Any, monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "executorch", None)
     message = r"writing ExecuTorch files needs executorch, .* pip install 'taskzip\[executorch\]'"
+    refused(tmp_path, tz.ExportError, message, small, tmp_path / "joint.pte", torch.randn(2, 4))
+
+
+def test_a_package_for_another_torch(tmp_path: Path, small: Any, monkeypatch: Any) -> None:
+    def broken() -> None:
+        raise ImportError("libtorch.so: undefined symbol")
+
+    import executorch.runtime
+
+    monkeypatch.setattr(executorch.runtime.Runtime, "get", broken)
+    message = r"ExecuTorch, which cannot be imported \(libtorch.so: undefined symbol\): pip install"
     refused(tmp_path, tz.ExportError, message, small, tmp_path / "joint.pte", torch.randn(2, 4))
 
 
@@ -263,6 +329,13 @@ class Sorting(nn.Module):
         return x.sort(-1).values
 
 
+class Ranking(nn.Module):
+    """Becomes an operator that is not in the runtime."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.argsort(1)
+
+
 class OneSize(nn.Module):
     """Made for one size of batch."""
 
@@ -280,6 +353,7 @@ class OneSize(nn.Module):
             {},
         ),
         (Sorting, r"Sorting: ExecuTorch's runtime has no aten::sort, at \"return x.sort\(-1\).values\" ", {}),
+        (Ranking, r"Ranking: ExecuTorch's runtime has no aten::sort, at \"return x.argsort\(1\)\" ", {}),
         (OneSize, "For the example's size of batch alone it can: leave max_batch away", {"max_batch": 4}),
     ],
 )

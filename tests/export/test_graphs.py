@@ -99,3 +99,16 @@ def test_constants_that_are_parts_of_others() -> None:
     torch.testing.assert_close(
         part(x)[0], net(x).detach()
     )  # the product of a matrix in another layout may round otherwise
+
+
+def test_what_depends_on_the_input_is_found_in_one_walk() -> None:
+    """Not along every path from the input, of which there are as many as can be."""
+
+    class Doubling(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(60):
+                x = x + x.relu()
+            return torch.nn.functional.linear(x, x)
+
+    graph = graph_of({"a": Doubling()}, torch.randn(3, 3))
+    assert graph.value(graph.outputs["a"]) is None

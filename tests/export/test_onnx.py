@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import taskzip as tz
 from taskzip.export import agreement
-from taskzip.models import LeNet5, LeNet300
+from taskzip.models import LeNet5, LeNet300, ResNet20
 
 
 def zipped(nets: Sequence[nn.Module], inputs: Sequence[Tensor] | Tensor, share: Any = 1.0, **options: Any) -> Any:
@@ -237,6 +237,69 @@ def test_weights_in_another_order_of_memory(tmp_path: Path) -> None:
     assert_same({"a.0": run(path, input=x)["a.0"]}, {"a.0": joint["a"](x)[0]})
 
 
+class Writing(nn.Module):
+    """Writes into what it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inplace, self.out = nn.ReLU(inplace=True), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.inplace(x))
+
+
+def test_a_network_that_writes_into_its_input_spoils_that_of_no_other(tmp_path: Path) -> None:
+    joint = tz.ZippedModel({"a": Writing(), "b": nn.Linear(4, 2)}).eval()
+    path, x = tmp_path / "joint.onnx", torch.randn(3, 4)
+    kept = x.clone()
+    tz.export_onnx(joint, path, x)
+    assert torch.equal(x, kept)
+    assert_same(run(path, input=x), {name: joint[name](x.clone()) for name in joint})
+
+
+def test_tensors_inside_of_arguments(tmp_path: Path) -> None:
+    class Summing(nn.Linear):
+        def forward(self, parts: list[Tensor], scale: dict[str, float]) -> Tensor:  # type: ignore[override]
+            return super().forward(parts[0] + parts[1]) * scale["by"]
+
+    joint = tz.ZippedModel({"a": Summing(4, 2)}).eval()
+    path, parts = tmp_path / "joint.onnx", [torch.randn(3, 4), torch.randn(3, 4)]
+    tz.export_onnx(joint, path, (parts, {"by": 2.0}))
+    parts = [torch.randn(5, 4), torch.randn(5, 4)]
+    given = run(path, **{"input.0.0": parts[0], "input.0.1": parts[1]})
+    assert_same(given, {"a": joint["a"](parts, {"by": 2.0})})
+
+
+def test_deep_narrow_networks_weigh_what_they_should(tmp_path: Path) -> None:
+    joint = zipped(made(ResNet20, 3), torch.randn(8, 3, 16, 16), share=0.5, cross=False, batch_norm="fold")
+    path = tmp_path / "joint.onnx"
+    tz.export_onnx(joint, path, torch.randn(1, 3, 16, 16))
+    buffers = sum(b.numel() for b in {b for net in joint.tasks.values() for b in net.buffers()})
+    assert joint.parameter_count() > 300_000
+    assert path.stat().st_size < 1.05 * 4 * (joint.parameter_count() + buffers)
+
+
+class Unrolled(nn.Module):
+    """Hundreds of operators between two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.out = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for _ in range(300):
+            x = x + 0.01 * torch.tanh(x)
+        return self.out(torch.relu(self.second(x)))
+
+
+def test_hundreds_of_operators_between_two_layers(tmp_path: Path) -> None:
+    joint = zipped(made(Unrolled), torch.randn(20, 4), share=0.5, cross=False).eval()
+    path, x = tmp_path / "joint.onnx", torch.randn(3, 4)
+    tz.export_onnx(joint, path, x, dynamic_batch=False)
+    assert_same(run(path, input=x), joint(x))
+
+
 # --- one clear sentence ---------------------------------------------------------------------------------------------
 
 
@@ -264,6 +327,8 @@ def refused(tmp_path: Path, error: type[Exception], message: str, *args: Any, **
         (tz.ExportError, "task 'a' gives NaN or infinite values", {"example": torch.full((2, 4), torch.nan)}),
         (tz.ExportError, "there is no folder", {"path": "no/such/folder/joint.onnx"}),
         (tz.ExportError, "it is a folder", {"path": "."}),
+        (tz.InputError, "tasks is a list of their names, not 5", {"tasks": 5}),
+        (tz.ExportError, "cannot write .*embedded null", {"path": "a\0b"}),
         (tz.ExportError, "it is a device and no file", {"path": "/dev/null"}),
         (tz.ExportError, "File name too long", {"path": "n" * 300}),
         (tz.InputError, "example is empty: input has no sample", {"example": torch.randn(0, 4)}),
@@ -304,10 +369,54 @@ class Choosing(nn.Module):
         return self.out(-x)
 
 
-def test_a_network_that_cannot_be_followed(tmp_path: Path) -> None:
+def test_a_network_that_cannot_be_followed(tmp_path: Path, capfd: Any, recwarn: Any) -> None:
     joint = tz.ZippedModel({"good": nn.Linear(4, 2), "bad": Choosing()})
     message = r"task 'bad' cannot be exported: Choosing: .*, at \"if x.sum\(\) > 0:\" \(.*test_onnx.py:\d+\)"
     refused(tmp_path, tz.ExportError, message, joint, tmp_path / "joint.onnx", torch.randn(2, 4))
+    assert not capfd.readouterr().err
+
+
+class Failing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise KeyError("weights")
+
+
+class OneSample(nn.Linear):
+    """One sample is another thing than several."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.shape[0] == 1 else super().forward(-x)
+
+
+class TwiceTheSame(nn.Linear):
+    def forward(self, x: Tensor) -> Any:
+        y = super().forward(x)
+        return {"b.c": y, "b": {"c": 2 * y}}
+
+
+class Narrow(nn.Linear):
+    """Of a precision for which ONNX Runtime has hardly any operators."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 2, dtype=torch.bfloat16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.bfloat16())
+
+
+@pytest.mark.parametrize(
+    "bad, error, message",
+    [
+        (Failing(), tz.InputError, r"not fit task 'bad'.*KeyError: 'weights', at .raise KeyError.*test_onnx.py:\d+\)"),
+        (OneSample(4, 2), tz.ExportError, r"task 'bad' .* with batches of 1: .* alone it can: dynamic_batch=False"),
+        (TwiceTheSame(4, 2), tz.InputError, r"'bad.b.c' would be the name of two outputs"),
+        (Narrow(), tz.ExportError, r"task 'bad' .*ONNX Runtime, .* for bfloat16 \(take zipped.float\(\)\)"),
+    ],
+)
+def test_networks_that_cannot_be(tmp_path: Path, bad: Any, error: Any, message: str, capfd: Any) -> None:
+    joint = tz.ZippedModel({"good": nn.Linear(4, 2), "bad": bad}).eval()
+    refused(tmp_path, error, message, joint, tmp_path / "joint.onnx", torch.randn(2, 4))
+    assert not capfd.readouterr().err
 
 
 class Unknown(nn.Module):

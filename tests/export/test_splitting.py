@@ -163,3 +163,40 @@ def test_a_bias_of_other_parts_than_the_weight(tmp_path: Path) -> None:
 def ran(model: onnx_ir.Model, inputs: dict[str, Any]) -> list[Any]:
     file = onnx_ir.to_proto(model).SerializeToString()
     return onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"]).run(None, inputs)
+
+
+class OwnWeights(nn.Module):
+    """A layer whose weight the network itself puts together, and not as blocks are."""
+
+    def __init__(self, weight: Callable[[Tensor], Tensor], convolution: bool = False) -> None:
+        super().__init__()
+        self.block = nn.Parameter(torch.randn(8, 4, 1, 2) if convolution else torch.randn(8, 4))
+        self.weight, self.convolution = weight, convolution
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (F.conv2d if self.convolution else F.linear)(x, self.weight(self.block))
+
+
+def chosen(*units: int) -> Callable[[Tensor], Tensor]:
+    return lambda w: w.index_select(0, torch.tensor(units))
+
+
+@pytest.mark.parametrize(
+    "weight, shape",
+    [
+        (chosen(0, 2, 5), (4,)),
+        (chosen(0, 0, 1, 1, 2, 2, 3, 3), (4,)),
+        (chosen(7, 6, 5, 4, 3, 2, 1, 0), (4,)),
+        (lambda w: torch.cat([w, w + 1], -2), (4,)),
+        (lambda w: torch.cat([torch.cat([w[:3], w[3:]]), w], 1), (8,)),
+        (lambda w: torch.cat([w, w], 2), (4, 5, 5)),
+        (lambda w: torch.cat([w, w], -1), (4, 5, 5)),
+        (lambda w: torch.cat([w, w], -4), (4, 5, 5)),
+        (lambda w: torch.cat([w, 2 * w], 1), (8, 5, 5)),
+    ],
+)
+def test_weights_that_are_put_together_otherwise(
+    tmp_path: Path, weight: Callable[[Tensor], Tensor], shape: tuple[int, ...]
+) -> None:
+    joint = tz.ZippedModel({"a": OwnWeights(weight, len(shape) > 1)}).eval()
+    tz.export_onnx(joint, tmp_path / "joint.onnx", torch.randn(2, *shape), by_block=True)  # compares the outputs

@@ -21,7 +21,8 @@ def keep_apart(graph: JointGraph) -> None:
         if node.target == aten._native_batch_norm_legit_no_training.default:
             layer, *parameters = arguments(node)[:5]
             values = [graph.value(each) for each in parameters]
-            if values[2] is not None and values[3] is not None and not _has_one_user(layer):
+            known = all(value is not None for each, value in zip(parameters, values, strict=True) if each is not None)
+            if known and not _has_one_user(layer):
                 _scale_and_shift(graph, node, *values)
     graph.unite()
 

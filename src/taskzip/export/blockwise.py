@@ -54,7 +54,7 @@ def split_layers(graph: JointGraph, largest: int) -> None:
     for node in graph.operators():
         if node.target in LAYERS and all(groups == 1 for groups in arguments(node)[6:]):
             layer = _Layer(graph, node)
-            groups = _groups(graph, layer.weight)
+            groups = _groups(graph, layer.weight) if layer.weight.meta["val"].dim() > 1 else None
             if groups is None or (layer.bias is not None and graph.value(layer.bias) is None):
                 continue
             is_whole = len(groups) == len(groups[0].blocks) == 1 and groups[0].blocks[0].weight is layer.weight
@@ -71,6 +71,20 @@ def join_weights(graph: JointGraph) -> None:
             if isinstance(argument, Node) and argument.op == "call_function" and value is not None:
                 graph.replace(argument, graph.constant(argument.name, value))
     graph.unite()
+
+
+def give_own_weights(graph: JointGraph) -> None:
+    """Let no two convolutions of one axis have one weight, in place; ExecuTorch writes what is equal once all the same.
+
+    It turns them into those of two axes, and their weights, of which it takes each to be the weight of one.
+    """
+    seen: set[Node] = set()
+    for node in graph.operators():
+        if node.target in (aten.conv1d.default, aten.conv1d.padding):
+            weight = arguments(node)[1]
+            if weight in seen and graph.value(weight) is not None:
+                node.update_arg(1, graph.copied(weight))
+            seen.add(weight)
 
 
 class _Layer:
@@ -181,7 +195,7 @@ def _one_below_the_other(wholes: list[list[_Group]]) -> list[_Group]:
 
 
 def _side_by_side(wholes: list[list[_Group]]) -> list[_Group] | None:
-    if any(len(whole) > 1 for whole in wholes):
+    if any(len(whole) > 1 or whole[0].units != wholes[0][0].units for whole in wholes):
         return None
     blocks: list[_Block] = []
     for (group,) in wholes:

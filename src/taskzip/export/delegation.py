@@ -10,6 +10,9 @@ from torch.fx import Node
 
 from taskzip.errors import ExportError
 
+ALIGNMENT = 16
+"""Of the parts of a file, in bytes: what XNNPACK asks of weights. ExecuTorch's own 128 make small files larger."""
+
 
 def lowered(programs: Mapping[str, ExportedProgram], largest: int) -> Any:
     """An `ExecutorchProgramManager` with a method for each program.
@@ -23,7 +26,7 @@ def lowered(programs: Mapping[str, ExportedProgram], largest: int) -> Any:
         ExportError: an operator that ExecuTorch's runtime, as it is installed here, does not have.
     """
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import to_edge_transform_and_lower
+    from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
     from torch.fx.passes.infra.partitioner import Partition
 
     class InPieces(XnnpackPartitioner):  # type: ignore[misc]
@@ -33,12 +36,15 @@ def lowered(programs: Mapping[str, ExportedProgram], largest: int) -> Any:
             pieces = [piece for nodes in whole for piece in _pieces(nodes, largest)]
             return [Partition(id=i, nodes=piece) for i, piece in enumerate(pieces)]
 
-    program = to_edge_transform_and_lower(dict(programs), partitioner=[InPieces()]).to_executorch()
-    _check_kernels(program, programs)
+    edge = to_edge_transform_and_lower(dict(programs), partitioner=[InPieces()])
+    graphs = {method: list(edge.exported_program(method).graph.nodes) for method in programs}
+    program = edge.to_executorch(ExecutorchBackendConfig(segment_alignment=ALIGNMENT))
+    _check_kernels(program, graphs)
     return program
 
 
-def _check_kernels(lowered: Any, programs: Mapping[str, ExportedProgram]) -> None:
+def _check_kernels(lowered: Any, graphs: Mapping[str, list[Node]]) -> None:
+    """Look for operators without a kernel, at the node that `failures.place` finds."""
     from executorch.runtime import Runtime
 
     known = Runtime.get().operator_registry.operator_names
@@ -46,9 +52,7 @@ def _check_kernels(lowered: Any, programs: Mapping[str, ExportedProgram]) -> Non
         for operator in plan.operators:
             if f"{operator.name}.{operator.overload}".rstrip(".") not in known:
                 called = operator.name.partition("::")[2]
-                for node in programs[plan.name].graph.nodes:  # in which the line of the network's code is looked up
-                    if f".{called}." in f".{node.target}.":
-                        break
+                node = next((each for each in graphs[plan.name] if f".{called}." in f".{each.target}."), None)  # noqa: F841
                 raise ExportError(f"ExecuTorch's runtime has no {operator.name}")
 
 
@@ -70,4 +74,4 @@ def _pieces(nodes: Iterable[Node], largest: int) -> list[list[Node]]:
 
 
 def _is_layer(node: Node) -> bool:
-    return any(name in str(node.target) for name in ("linear", "convolution"))
+    return any(f".{name}." in f".{node.target}." for name in ("linear", "convolution"))

@@ -17,7 +17,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Example:
-    """An example of what the tasks read, on the given device.
+    """An example of what the tasks read, on the given device, in the usual order of memory.
 
     Attributes:
         tensors: by name: "input", "input.0" of a tuple, or the keyword; with one input for each task "input.task",
@@ -36,7 +36,9 @@ class Example:
         self.batches: dict[str, str] = {}
         self.samples = 0
         for task, each in self._examples.items():
-            tensors = {name: value.to(device) for name, value in _named(each, task) if isinstance(value, Tensor)}
+            given = {name: value for name, value in _named(each, task) if isinstance(value, Tensor)}
+            usual = torch.contiguous_format  # also of one channel, where others may count as contiguous too
+            tensors = {name: value.to(device).clone(memory_format=usual) for name, value in given.items()}
             if not tensors:
                 whose = f" for task {task!r}" if task else ""
                 raise InputError(f"example{whose} is a {type(each).__name__} without a tensor to read.")
@@ -75,7 +77,8 @@ class Example:
 
     def read_by(self, tasks: Collection[str]) -> list[str]:
         """The names of the tensors that these tasks read."""
-        return [name for name in self.tensors if any(name in self.only(task).tensors for task in tasks)]
+        read = {name for task in tasks for name in self.only(task).tensors}
+        return [name for name in self.tensors if name in read]
 
     def resized(self, samples: int) -> dict[str, Tensor]:
         """The tensors, with so many samples in the batch: those of the example over and over again."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from torch.export import ExportedProgram
 from taskzip.errors import ExportError, InputError
 from taskzip.export.agreement import check, other_sizes
 from taskzip.export.batch_norms import keep_apart
-from taskzip.export.blockwise import join_weights, split_layers
+from taskzip.export.blockwise import give_own_weights, join_weights, split_layers
 from taskzip.export.delegation import lowered
 from taskzip.export.example import Example
 from taskzip.export.failures import NoRoom, explained, reason
@@ -73,12 +74,13 @@ def export_executorch(
     _check_installed()
     if partly_shared not in ("blocks", "weights"):
         raise InputError(f"partly_shared is 'blocks' or 'weights', not {partly_shared!r}.")
-    if isinstance(zipped, ZippedModel) and device_of(zipped).type != "cpu":
-        zipped = copy.deepcopy(zipped).cpu()  # XNNPACK's programs are made, and checked, where they run
     networks = chosen(zipped, tasks)
     target = writable(path)
     given = Example(example, list(networks), torch.device("cpu"))
     _check_batch(given, max_batch)
+    if device_of(zipped).type != "cpu":  # XNNPACK's programs are made, and checked, where they run
+        networks = copy.deepcopy(networks)
+        nn.ModuleList(networks.values()).cpu()
 
     def made(tasks: Sequence[str], example: Example, most: int | None, file: Path) -> dict[str, str]:
         some, methods = {task: networks[task] for task in tasks}, _methods(tasks)
@@ -106,12 +108,15 @@ def export_executorch(
 def _check_installed() -> None:
     try:
         with quietly():
+            import executorch.backends.xnnpack.partition.xnnpack_partitioner
             import executorch.exir
-            import executorch.runtime  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ExportError(
-            f"writing ExecuTorch files needs {error.name}, which is not installed: pip install 'taskzip[executorch]'"
-        ) from error
+            import executorch.runtime
+
+            executorch.runtime.Runtime.get()
+    except ImportError as error:
+        absent = isinstance(error, ModuleNotFoundError) and error.name
+        what = f"{error.name}, which is not installed" if absent else f"ExecuTorch, which cannot be imported ({error})"
+        raise ExportError(f"writing ExecuTorch files needs {what}: pip install 'taskzip[executorch]'") from error
 
 
 def _check_batch(example: Example, max_batch: int | None) -> None:
@@ -159,6 +164,7 @@ def _exported(
     else:
         join_weights(graph)
     keep_apart(graph)
+    give_own_weights(graph)
     programs = {}
     for method, tasks in _tasks_of(methods).items():
         inputs = example.read_by(tasks)
@@ -180,6 +186,8 @@ def _write(programs: Mapping[str, ExportedProgram], file: Path) -> None:
         raise NoRoom(f"the tasks cannot be exported: {why}") from error
     with file.open("wb") as opened:
         program.write_to_file(opened)
+    del program
+    gc.collect()  # it refers to itself, and holds several copies of all weights
 
 
 def _runner(
@@ -195,7 +203,7 @@ def _runner(
     def run(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         try:
             program = Runtime.get().load_program(file)
-            found = program.load_method(method).execute([tensors[name].contiguous() for name in inputs])
+            found = program.load_method(method).execute([tensors[name] for name in inputs])
         except Exception as error:  # classes of its own without a common base
             raise ExportError(f"what was exported cannot be run by ExecuTorch: {reason(error)}") from error
         return dict(zip(names, found, strict=True))

@@ -38,6 +38,7 @@ class JointGraph:
         self.graph, self.inputs = Graph(), dict[str, Node]()
         self._outputs = list(outputs)
         self._constants: dict[str, Tensor] = {}
+        self._variable: dict[Node, bool] = {}
         copies: dict[Node, Node] = {}
         names = iter(inputs)
         for node in module.graph.nodes:
@@ -70,10 +71,19 @@ class JointGraph:
         for node in self.graph.find_nodes(op="get_attr"):
             if _same(self._constants[node.target], value):
                 return node
+        return self._new_constant(name, _compact(value))
+
+    def copied(self, constant: Node) -> Node:
+        """Another node for what is constant, of the same values all the same."""
+        value = self.value(constant)
+        assert value is not None
+        return self._new_constant(constant.name, value.detach().clone())
+
+    def _new_constant(self, name: str, value: Tensor) -> Node:
         name = _identifier(name)
         while name in self._constants:
             name += "_"
-        self._constants[name] = value = _compact(value)
+        self._constants[name] = value
         start = next((node for node in self.graph.nodes if node.op not in ("placeholder", "get_attr")), None)
         with self.graph.inserting_before(start):
             node = self.graph.get_attr(name)
@@ -96,19 +106,25 @@ class JointGraph:
 
     def value(self, argument: Any) -> Tensor | None:
         """What a node gives that depends on constants only; None for others, and for what is no node."""
-        if not isinstance(argument, Node):
+        if not isinstance(argument, Node) or self._depends(argument):
             return None
         if argument.op == "get_attr":
             return self._constants[str(argument.target)]
-        if argument.op != "call_function" or not _is_pure(argument.target):
-            return None
-        values = {node: self.value(node) for node in argument.all_input_nodes}
-        if not values or any(value is None for value in values.values()):
-            return None
-        args, kwargs = torch.fx.map_arg((argument.args, argument.kwargs), values.__getitem__)
+        args, kwargs = torch.fx.map_arg((argument.args, argument.kwargs), self.value)
         function: Any = argument.target
         with torch.no_grad():
             return function(*args, **kwargs)
+
+    def _depends(self, node: Node) -> bool:
+        """Whether it depends on more than constants; found once, for what takes its place gives the same."""
+        if node not in self._variable:
+            for each in self.graph.nodes:
+                if each not in self._variable:
+                    read = each.all_input_nodes
+                    pure = each.op == "call_function" and _is_pure(each.target) and bool(read)
+                    constant = each.op == "get_attr" or (pure and not any(self._variable[other] for other in read))
+                    self._variable[each] = not constant
+        return self._variable[node]
 
     def unite(self) -> None:
         """Compute once what is computed twice: common-subexpression elimination by value numbering."""

@@ -19,7 +19,7 @@ def chosen(zipped: ZippedModel, tasks: Sequence[str] | None) -> dict[str, nn.Mod
     """The networks that are exported, by task.
 
     Raises:
-        InputError: no joint network, or tasks that it does not have.
+        InputError: no joint network, tasks that it does not have, or weights without values.
     """
     if not isinstance(zipped, ZippedModel):
         raise InputError(f"what is exported is a joint network, as tz.zip gives it, not a {type(zipped).__name__}.")
@@ -30,7 +30,11 @@ def chosen(zipped: ZippedModel, tasks: Sequence[str] | None) -> dict[str, nn.Mod
     if unknown or not names:
         wrong = f"no task {unknown[0]!r}" if unknown else "no task was chosen"
         raise InputError(f"{wrong}: this network has {', '.join(zipped)}.")
-    return {name: zipped[name] for name in names}
+    found = {name: zipped[name] for name in names}
+    for name, network in found.items():
+        if any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers())):
+            raise InputError(f"task {name!r} has weights without values, on the device meta: load a checkpoint first.")
+    return found
 
 
 class Joint(nn.Module):
@@ -38,13 +42,14 @@ class Joint(nn.Module):
 
     def __init__(self, networks: dict[str, nn.Module], example: Example) -> None:
         super().__init__()
-        self.tasks = nn.ModuleDict(networks)
+        self.names, self.networks = list(networks), nn.ModuleList(networks.values())
         self._example = example
 
     def forward(self, tensors: list[Tensor]) -> list[Tensor]:
         """The tensors lie as in the example, the outputs as `outputs` names them."""
         calls = self._example.calls(dict(zip(self._example.tensors, tensors, strict=True)))
-        return [tensor for name, network in self.tasks.items() for _, tensor in _run(network, calls[name], name)]
+        each = zip(self.names, self.networks, strict=True)
+        return [tensor for name, network in each for _, tensor in _run(network, calls[name], name)]
 
 
 def traced(
