@@ -51,8 +51,8 @@ def main() -> None:
     parser.add_argument("--no-cross", action="store_true", help="without weights from private to shared units")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print("| networks | share | batch | one task | both tasks | one task, ONNX | both tasks, ONNX | size of the file |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| networks | share | batch | one task | both tasks | both, as a graph | one task, ONNX ", end="")
+    print("| both tasks, ONNX | size of the file |\n|---|---|---|---|---|---|---|---|---|")
     for name in options.networks or NETWORKS:
         make, shape, settings = (NETWORKS | OTHERS)[name]
         settings |= {"cross": not options.no_cross}
@@ -89,7 +89,8 @@ def rows(
 def compared(
     zipped: tz.ZippedModel, nets: list[nn.Module], files: dict[str, Path], x: Tensor, limits: tuple[int, float]
 ) -> list[float]:
-    """Times of one task and of both, in PyTorch and in ONNX Runtime, relative to those of the original networks."""
+    """Times of one task, of both, of both as a graph, and of one and both in ONNX Runtime, relative to originals."""
+    graph = tz.export_graph(zipped, x)
     onnx = {name: running(path, x) for name, path in files.items()}
     with torch.no_grad():
         took = medians(
@@ -98,6 +99,7 @@ def compared(
                 "originals": lambda: [net(x) for net in nets],
                 "task": lambda: zipped["a"](x),
                 "joint": lambda: zipped(x),
+                "graph": lambda: graph(x),
                 "onnx original": onnx["a"],
                 "onnx originals": lambda: [onnx["a"](), onnx["b"]()],
                 "onnx task": onnx["task"],
@@ -105,11 +107,9 @@ def compared(
             },
             *limits,
         )
-    return [
-        took[f"{kind}{what}"] / took[f"{kind}original{'s' * (what == 'joint')}"]
-        for kind in ("", "onnx ")
-        for what in ("task", "joint")
-    ]
+    ratios = [("task", "original"), ("joint", "originals"), ("graph", "originals")]
+    ratios += [("onnx task", "onnx original"), ("onnx joint", "onnx originals")]
+    return [took[ours] / took[theirs] for ours, theirs in ratios]
 
 
 def running(path: Path, x: Tensor) -> Callable[[], object]:

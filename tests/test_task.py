@@ -135,7 +135,7 @@ def test_a_name_that_cannot_be_used(name: Any) -> None:
         Task(name, Echo(), [X])
 
 
-@pytest.mark.parametrize("name", ["keys", "forward", "items", "train", "training"])
+@pytest.mark.parametrize("name", ["keys", "forward", "items", "train", "training", "class", "None"])
 def test_a_name_that_torch_needs(name: str) -> None:
     with pytest.raises(InputError, match=f"task name '{name}' is .*: choose another name"):
         Task(name, Echo(), [X])

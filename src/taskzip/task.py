@@ -53,9 +53,7 @@ class Task:
         if hasattr(nn.ModuleDict(), self.name):
             raise InputError(f"task name {self.name!r} is an attribute of torch's ModuleDict: choose another name.")
         if keyword.iskeyword(self.name):
-            raise InputError(
-                f"task name {self.name!r} is a word of Python, as which torch's graphs read it: choose another."
-            )
+            raise InputError(f"task name {self.name!r} is a word of Python to torch's graphs: choose another name.")
         if not isinstance(self.model, nn.Module):
             raise InputError(f"task {self.name!r}: model must be a torch nn.Module, got {type(self.model).__name__}.")
         if isinstance(self.data, Tensor):

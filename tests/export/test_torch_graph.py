@@ -71,6 +71,15 @@ def test_what_is_shared_in_part(share: float, options: Any, convolutions: int) -
     assert not convolutions or count(graph, aten.conv2d.default) == convolutions
 
 
+def test_weights_of_their_own_for_layers_that_are_shared_in_part() -> None:
+    joint = small_resnets(0.5, batch_norm="fold")
+    blocks, weights = (tz.export_graph(joint, small_images(1), partly_shared=form) for form in ("blocks", "weights"))
+    check(weights, joint, small_images(4))
+    assert count(weights, aten.cat.default) == 0 < count(blocks, aten.cat.default)
+    sizes = [sum(b.numel() for b in graph.buffers() if b.is_floating_point()) for graph in (blocks, weights)]
+    assert sizes[0] <= joint.parameter_count() + 2 * 3 < sizes[1]  # of mean and std
+
+
 def test_programs_of_torch_hold_every_block_once(tmp_path: Path) -> None:
     joint, x = zipped([LeNet5(), LeNet5()], torch.randn(8, 1, 28, 28)), torch.randn(3, 1, 28, 28)
     graph = tz.export_graph(joint, x)
@@ -149,6 +158,8 @@ def test_wrong_arguments() -> None:
     joint = tz.ZippedModel({"a": nn.Linear(4, 2)})
     with pytest.raises(tz.InputError, match="joint network"):
         tz.export_graph(nn.Linear(4, 2), torch.randn(1, 4))  # type: ignore[arg-type]
+    with pytest.raises(tz.InputError, match="'blocks' or 'weights', not 'all'"):
+        tz.export_graph(joint, torch.randn(1, 4), partly_shared="all")  # type: ignore[arg-type]
     with pytest.raises(tz.InputError, match="no task 'c'"):
         tz.export_graph(joint, torch.randn(1, 4), tasks=["c"])
     with pytest.raises(tz.InputError, match=r"example does not fit task 'a'"):

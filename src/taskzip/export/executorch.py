@@ -22,7 +22,7 @@ from taskzip.export.delegation import lowered
 from taskzip.export.example import Example
 from taskzip.export.failures import NoRoom, explained, reason
 from taskzip.export.graphs import JointGraph
-from taskzip.export.joint import chosen, outputs, traced
+from taskzip.export.joint import check_form, chosen, outputs, traced
 from taskzip.export.quiet import quietly
 from taskzip.export.target import writable, writing
 from taskzip.observation import evaluating
@@ -72,8 +72,7 @@ def export_executorch(
             or one whose outputs differ from PyTorch's by more than `agreement.TOLERANCE`. Nothing is left behind.
     """
     _check_installed()
-    if partly_shared not in ("blocks", "weights"):
-        raise InputError(f"partly_shared is 'blocks' or 'weights', not {partly_shared!r}.")
+    check_form(partly_shared)
     networks = chosen(zipped, tasks)
     target = writable(path)
     given = Example(example, list(networks), torch.device("cpu"))

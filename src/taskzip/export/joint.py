@@ -37,6 +37,16 @@ def chosen(zipped: ZippedModel, tasks: Sequence[str] | None) -> dict[str, nn.Mod
     return found
 
 
+def check_form(partly_shared: object) -> None:
+    """Refuse another form of layers that are shared in part than from blocks or with weights of their own.
+
+    Raises:
+        InputError: as it says.
+    """
+    if partly_shared not in ("blocks", "weights"):
+        raise InputError(f"partly_shared is 'blocks' or 'weights', not {partly_shared!r}.")
+
+
 class Joint(nn.Module):
     """The tasks, called with the example's tensors; gives the tensors of all outputs."""
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.fx import GraphModule
 
 from taskzip.export.agreement import check, other_sizes
+from taskzip.export.blockwise import join_weights
 from taskzip.export.example import Example
 from taskzip.export.failures import explained
 from taskzip.export.graphs import JointGraph
-from taskzip.export.joint import chosen, outputs, traced
+from taskzip.export.joint import check_form, chosen, outputs, traced
 from taskzip.export.quiet import quietly
 from taskzip.observation import evaluating
 from taskzip.task import device_of
@@ -21,7 +22,11 @@ from taskzip.zipped import ZippedModel
 
 
 def export_graph(
-    zipped: ZippedModel, example: Any, tasks: Sequence[str] | None = None, dynamic_batch: bool = True
+    zipped: ZippedModel,
+    example: Any,
+    tasks: Sequence[str] | None = None,
+    dynamic_batch: bool = True,
+    partly_shared: Literal["blocks", "weights"] = "blocks",
 ) -> GraphModule:
     """A joint network as one graph in PyTorch, in which what the tasks have in common is computed once.
 
@@ -38,6 +43,8 @@ def export_graph(
         tasks: which tasks the graph holds, and in which order; default all.
         dynamic_batch: whether it takes batches of any size: all tensors whose first axis is as long as that of the
             first tensor. Other sizes are the example's.
+        partly_shared: a layer of which only some units are shared puts its weight together from "blocks" in every call;
+            or has "weights" of its own for each task, which is faster and takes more memory.
 
     Returns:
         A module whose arguments are the tensors of the example, in its order, called "input", "input_0" or as the
@@ -45,10 +52,11 @@ def export_graph(
         "digits.0" and "digits.logits" where the network returns a tuple, a dict or a dataclass.
 
     Raises:
-        InputError: no joint network, tasks that it does not have, or an example that does not fit.
+        InputError: no joint network, tasks that it does not have, or an example or setting that does not fit.
         ExportError: a network that cannot be exported, or a graph whose outputs differ from the networks' by more than
             `agreement.TOLERANCE`.
     """
+    check_form(partly_shared)
     networks = chosen(zipped, tasks)
     given = Example(example, list(networks), device_of(zipped))
 
@@ -56,7 +64,10 @@ def export_graph(
         some = {task: networks[task] for task in tasks}
         names = [name for each in outputs(some, example, example.tensors).values() for name in each]
         program, tensors, _ = traced(some, example, (0, None) if dynamic else None)
-        graph = _with_names(JointGraph(program, list(tensors), names).part(list(tensors), names), list(tensors), names)
+        joint = JointGraph(program, list(tensors), names)
+        if partly_shared == "weights":
+            join_weights(joint)
+        graph = _with_names(joint.part(list(tensors), names), list(tensors), names)
         with torch.no_grad():
             check(some, example, other_sizes(example) if dynamic else [], lambda tensors: graph(*tensors.values()))
         return graph
