@@ -1,9 +1,9 @@
 """Joint ONNX files outside of taskzip: are they right and small, and how much memory does ONNX Runtime take for them?
 
-`python benchmarks/onnx_memory.py [pairs ...]` prints two Markdown tables; it needs taskzip[demo,onnx], for ResNet-18
-torchvision too, and for VGG-16 11 GB of memory. The files are run by benchmarks/onnx_alone.py, in processes that know
-only ONNX Runtime and NumPy, and their outputs are compared with PyTorch's. Networks are untrained, or for "demo" those
-of `taskzip demo`: neither size nor memory depend on what they know.
+`python benchmarks/onnx_memory.py [pairs ...]` prints two Markdown tables; it needs taskzip[demo,onnx], and for VGG-16
+11 GB of memory. The files are run by benchmarks/onnx_alone.py, in processes that know only ONNX Runtime and NumPy, and
+their outputs are compared with PyTorch's. Networks are untrained, or for "demo" those of `taskzip demo`: neither size
+nor memory depend on what they know.
 """
 
 from __future__ import annotations
@@ -21,22 +21,19 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from architectures import drawn, import_torchvision
+from architectures import drawn
 from onnx_alone import SETTINGS
 from torch import Tensor, nn
 
 import taskzip as tz
-from taskzip.models import VGG16, LeNet5, ResNet20, SmallCNN
+from taskzip.models import VGG16, LeNet5, ResNet18, ResNet20, SmallCNN
 
 ALONE = Path(__file__).with_name("onnx_alone.py")
 
 
 def resnet18() -> nn.Module:
-    """Of torchvision."""
-    import_torchvision()
-    from torchvision import models
-
-    return drawn(models.resnet18(num_classes=10), torch.randn(32, 3, 64, 64))
+    """With drawn statistics of batch-norm."""
+    return drawn(ResNet18(), torch.randn(32, 3, 32, 32))
 
 
 @dataclass(frozen=True)
@@ -78,9 +75,9 @@ PAIRS = {
     "LeNet-5, 0.5": Pair(LeNet5, (1, 28, 28), 0.5),
     "ResNet-20, 0.9": Pair(ResNet20, (3, 32, 32), 0.9),
     "VGG-16, 1.0": Pair(lambda: VGG16(10), (3, 32, 32), 1.0),
-    "ResNet-18, 1.0": Pair(resnet18, (3, 64, 64), 1.0),
-    "ResNet-18, 0.9": Pair(resnet18, (3, 64, 64), 0.9),
-    "ResNet-18, 0.5": Pair(resnet18, (3, 64, 64), 0.5),
+    "ResNet-18, 1.0": Pair(resnet18, (3, 32, 32), 1.0),
+    "ResNet-18, 0.9": Pair(resnet18, (3, 32, 32), 0.9),
+    "ResNet-18, 0.5": Pair(resnet18, (3, 32, 32), 0.5),
 }
 
 
