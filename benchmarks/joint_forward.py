@@ -55,7 +55,7 @@ def main() -> None:
     print("| both tasks, ONNX | size of the file |\n|---|---|---|---|---|---|---|---|---|")
     for name in options.networks or NETWORKS:
         make, shape, settings = (NETWORKS | OTHERS)[name]
-        settings |= {"cross": not options.no_cross}
+        settings = settings | {"cross": not options.no_cross}
         rows(name, make, shape, settings, options.shares, (options.runs, options.seconds))
 
 

@@ -48,20 +48,26 @@ def test_the_same(right: Any, given: Any) -> None:
     [
         (lambda x: x, lambda x: x * (1 + 3e-4), "'a' differs from PyTorch's by 6.0e-04 .* largest value is 2.0e"),
         (lambda x: x * 0, lambda x: x * 1e-4, "differs"),
-        (lambda x: (x * 1e6).long(), lambda x: (x * 1e6).long() + 1, "differs from PyTorch's by 1.0e"),
-        (lambda x: x > 1, lambda x: x > 1.1, "differs"),
+        (lambda x: (x * 1e6).long(), lambda x: (x * 1e6).long() + 1, "'a' has other values"),
+        (lambda x: x > 1, lambda x: x > 1.1, "has other values"),
         (lambda x: x, lambda x: x * torch.nan, "differs from PyTorch's by nan"),
         (lambda x: x, lambda x: x.double(), "is of torch.float64 where it was exported, but of torch.float32 in"),
         (lambda x: x, lambda x: x[0], r"is \[4\] where it was exported, but \[3, 4\] in PyTorch"),
         (torch.rand_like, torch.rand_like, "'a' is another one each time that PyTorch computes it"),
         (lambda x: x, lambda x: x if len(x) == 3 else -x, "with batches of 1: 'a' differs"),
         (lambda x: x if len(x) < 9 else x[:0], lambda x: x, r"with batches of 9: 'a' is \[9, 4\]"),
+        (lambda x: torch.complex(x, x), lambda x: torch.complex(x, -x), "differs from PyTorch's by 4.0e"),
     ],
 )
 def test_not_the_same(right: Any, given: Any, message: str) -> None:
     with pytest.raises(tz.ExportError, match=message) as found:
         compared(right, given, 1, 9)
     assert ".." not in str(found.value)
+
+
+def test_sizes_that_pytorch_does_not_take_are_not_compared() -> None:
+    compared(lambda x: (x - x.mean(0)) / x.std(0), lambda x: (x - x.mean(0)) / x.std(0), 1)
+    compared(lambda x: x if len(x) > 2 else 1 // 0, lambda x: x, 1)
 
 
 def test_sizes_that_are_tried() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import UserDict
+from collections import UserDict, namedtuple
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 import taskzip as tz
 from taskzip.export.example import Example
 
+Two = namedtuple("Two", ["x", "y"])
 CPU = torch.device("cpu")
 X, Y = torch.randn(3, 4), torch.randn(3)
 
@@ -25,6 +26,7 @@ X, Y = torch.randn(3, 4), torch.randn(3)
         ((X, [Y, (Y, Y)]), ["input.0", "input.1.0", "input.1.1.0", "input.1.1.1"]),
         ({"x": X, "more": [Y, Y]}, ["x", "more.0", "more.1"]),
         (UserDict(x=X), ["x"]),
+        ((Two(X, Y),), ["input.0.x", "input.0.y"]),
         ({"a": X, "b": (X, Y)}, ["input.a", "input.b.0", "input.b.1"]),
         ({"a": X, "b": {"x": [X]}, "c": Y}, ["input.a", "input.b.x.0"]),
     ],
@@ -65,6 +67,7 @@ def test_samples() -> None:
     "example, message",
     [
         ((X, [np.ones(3)]), r"input\.1\.0 is an array of NumPy, .* give a tensor"),
+        (({"a.b": X, "a": {"b": Y}},), r"input\.0\.a\.b would be the name of two tensors"),
         ({"a": X}, "example has inputs for a, but the tasks are a, b"),
         (["x", [1, 2]], "example is a list without a tensor"),
         ({"a": X, "b": 3}, "example for task 'b' is a int without a tensor"),

@@ -112,3 +112,15 @@ def test_what_depends_on_the_input_is_found_in_one_walk() -> None:
 
     graph = graph_of({"a": Doubling()}, torch.randn(3, 3))
     assert graph.value(graph.outputs["a"]) is None
+
+    class OfWeights(Doubling):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own = nn.Parameter(torch.zeros(3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + super().forward(self.own)
+
+    graph = graph_of({"a": OfWeights()}, torch.randn(3, 3))
+    (weight,) = [graph.value(node) for node in graph.operators() if node.target is aten.linear.default]
+    assert weight is not None and torch.equal(weight, torch.zeros(3, 3))

@@ -75,6 +75,10 @@ def test_weights_of_their_own_for_layers_that_are_shared_in_part() -> None:
     joint = small_resnets(0.5, batch_norm="fold")
     blocks, weights = (tz.export_graph(joint, small_images(1), partly_shared=form) for form in ("blocks", "weights"))
     check(weights, joint, small_images(4))
+    half = zipped([LeNet5(), LeNet5()], torch.randn(8, 1, 28, 28), 0.5)
+    large = tz.export_graph(half, torch.randn(1, 1, 28, 28))
+    check(large, half, torch.randn(2, 1, 28, 28))
+    assert count(large, aten.conv2d.default) == 4 < count(large, aten.linear.default)  # which are large enough
     assert count(weights, aten.cat.default) == 0 < count(blocks, aten.cat.default)
     sizes = [sum(b.numel() for b in graph.buffers() if b.is_floating_point()) for graph in (blocks, weights)]
     assert sizes[0] <= joint.parameter_count() + 2 * 3 < sizes[1]  # of mean and std
@@ -130,6 +134,51 @@ def test_an_input_for_each_task() -> None:
     given = graph(input_b=y, input_a=x)
     torch.testing.assert_close(given["a"], joint["a"](x).detach())
     torch.testing.assert_close(given["b"], joint["b"](y).detach())
+
+
+class Sharing(nn.Module):
+    """Gives what others give too, and its own weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(4, 4)
+
+    def forward(self, torch: Tensor) -> tuple[Tensor, ...]:
+        y = self.out(torch)
+        return y, y.t(), self.out.bias, self.out.weight.t()
+
+
+def test_whoever_gets_outputs_may_write_into_them() -> None:
+    net, x = Sharing(), torch.randn(3, 4)
+    joint = tz.ZippedModel({"a": net, "b": net}).eval()
+    graph = tz.export_graph(joint, {"torch": x})
+    assert count(graph, aten.linear.default) == 1
+    right = [y.detach().clone() for y in net(x)]
+    for output in (each for _ in range(2) for each in graph(torch_=x)):
+        given = graph(torch_=x)
+        given[output].zero_()
+        for name, y in given.items():
+            assert name == output or torch.equal(y, right[int(name[-1])])
+    assert net.out.weight.abs().sum() > 0
+
+
+class Cutting(nn.Module):
+    """A copy of a part, which a view needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x)[:, :2].clone().view(-1)
+
+
+def test_copies_that_are_needed_and_names_that_become_the_same() -> None:
+    joint, x = tz.ZippedModel({"a-b": Cutting(), "a_b": Cutting()}).eval(), torch.randn(3, 4)
+    graph = tz.export_graph(joint, {"a-b": x, "a_b": x + 1})
+    given = graph(input_a_b=x, input_a_b_=x + 1)
+    torch.testing.assert_close(given["a-b"], joint["a-b"](x).detach())
+    torch.testing.assert_close(given["a_b"], joint["a_b"](x + 1).detach())
 
 
 class Refusing(nn.Module):

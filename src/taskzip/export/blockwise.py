@@ -7,11 +7,14 @@ its weight. So every block is a constant, the same one for all tasks that use it
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import Node
 
 from taskzip.export.graphs import JointGraph, arguments, aten
@@ -44,16 +47,19 @@ class _Group:
     blocks: list[_Block]
 
 
-def split_layers(graph: JointGraph, largest: int) -> None:
+def split_layers(graph: JointGraph, largest: float, smallest: Mapping[OpOverload, int] | None = None) -> None:
     """Compute layers whose weights are put together block by block, in place.
 
     Args:
         graph: of the tasks.
         largest: bytes above which a constant is split into several, each for some of the units.
+        smallest: numbers in the weight below which layers stay as they are, by operator; default 0.
     """
     for node in graph.operators():
         if node.target in LAYERS and all(groups == 1 for groups in arguments(node)[6:]):
             layer = _Layer(graph, node)
+            if layer.weight.meta["val"].numel() < (smallest or {}).get(node.target, 0):
+                continue
             groups = _groups(graph, layer.weight) if layer.weight.meta["val"].dim() > 1 else None
             if groups is None or (layer.bias is not None and graph.value(layer.bias) is None):
                 continue
@@ -97,13 +103,13 @@ class _Layer:
         self._shape = self._input.meta["val"].shape
         self._axis = len(self._shape) - (self.weight.meta["val"].dim() - 1)
 
-    def split(self, groups: list[_Group], largest: int) -> None:
+    def split(self, groups: list[_Group], largest: float) -> None:
         """Put the sums and rows of blocks in the place of the layer."""
         whole = self._row([self._units(group, largest) for group in groups])
         units = [unit for group in groups for unit in group.units]
         self._graph.replace(self._node, self._chosen(whole, torch.argsort(torch.tensor(units)).tolist(), len(units)))
 
-    def _units(self, group: _Group, largest: int) -> Node:
+    def _units(self, group: _Group, largest: float) -> Node:
         """What the layer gives for some of its units."""
         bias, total = self._graph.value(self.bias), None
         for block in group.blocks:
@@ -113,10 +119,10 @@ class _Layer:
         assert total is not None
         return total
 
-    def _product(self, block: _Block, bias: Tensor | None, largest: int) -> Node:
+    def _product(self, block: _Block, bias: Tensor | None, largest: float) -> Node:
         """A block times what it reads. How it is cut depends on nothing but itself: other tasks cut it as well."""
         inputs, values = self._read(block), block.weight.meta["val"]
-        count = -(-values.nbytes // largest)
+        count = max(1, math.ceil(values.nbytes / largest))
         size = -(-len(values) // count)
         terms = []
         for start in range(0, len(values), size):

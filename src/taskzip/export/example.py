@@ -32,6 +32,7 @@ class Example:
     def __init__(self, example: Any, tasks: Sequence[str], device: torch.device) -> None:
         self._tasks, self._device = tasks, device
         self._examples = _by_task(example, tasks)
+        self._names: dict[str, list[str]] = {}
         self.tensors: dict[str, Tensor] = {}
         self.batches: dict[str, str] = {}
         self.samples = 0
@@ -42,6 +43,7 @@ class Example:
             if not tensors:
                 whose = f" for task {task!r}" if task else ""
                 raise InputError(f"example{whose} is a {type(each).__name__} without a tensor to read.")
+            self._names[task] = list(tensors)
             self.tensors |= tensors
             samples = next((len(t) for t in tensors.values() if t.dim()), None)
             if samples == 0:
@@ -77,7 +79,7 @@ class Example:
 
     def read_by(self, tasks: Collection[str]) -> list[str]:
         """The names of the tensors that these tasks read."""
-        read = {name for task in tasks for name in self.only(task).tensors}
+        read = {name for task in tasks for name in self._names.get(task) or self._names[""]}
         return [name for name in self.tensors if name in read]
 
     def resized(self, samples: int) -> dict[str, Tensor]:
@@ -109,8 +111,17 @@ def _plain(example: Any) -> Any:
 def _named(example: Any, task: str) -> Iterator[tuple[str, Any]]:
     """Every value in the arguments, and its name."""
     start = ["input", task] if task else [] if isinstance(example, dict) else ["input"]
+    found: set[str] = set()
     for path, value in pytree.tree_flatten_with_path(example)[0]:
-        name = ".".join([*start, *(str(getattr(key, "idx", getattr(key, "key", key))) for key in path)])
+        name = ".".join([*start, *map(_key, path)])
+        if name in found:
+            raise InputError(f"example: {name} would be the name of two tensors: rename a key.")
+        found.add(name)
         if isinstance(value, np.ndarray):
             raise InputError(f"example: {name} is an array of NumPy, which networks do not read: give a tensor.")
         yield name, value
+
+
+def _key(key: Any) -> str:
+    """Of a list, a dict or a named tuple."""
+    return str(next(getattr(key, each) for each in ("idx", "key", "name") if hasattr(key, each)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import re
 import tempfile
@@ -20,11 +21,11 @@ from taskzip.export.batch_norms import keep_apart
 from taskzip.export.blockwise import give_own_weights, join_weights, split_layers
 from taskzip.export.delegation import lowered
 from taskzip.export.example import Example
-from taskzip.export.failures import NoRoom, explained, reason
+from taskzip.export.failures import explained, reason
 from taskzip.export.graphs import JointGraph
 from taskzip.export.joint import check_form, chosen, outputs, traced
 from taskzip.export.quiet import quietly
-from taskzip.export.target import writable, writing
+from taskzip.export.target import Unwritten, on_disk, writable, writing
 from taskzip.observation import evaluating
 from taskzip.task import device_of
 from taskzip.zipped import ZippedModel
@@ -84,21 +85,25 @@ def export_executorch(
     def made(tasks: Sequence[str], example: Example, most: int | None, file: Path) -> dict[str, str]:
         some, methods = {task: networks[task] for task in tasks}, _methods(tasks)
         names = {task: list(each) for task, each in outputs(some, example, example.tensors).items()}
-        _write(_exported(some, names, methods, example, most, partly_shared), file)
+        program = _lowered(_exported(some, names, methods, example, most, partly_shared))
+        with on_disk(path), file.open("wb") as opened:
+            program.write_to_file(opened)
+        del program
+        gc.collect()  # it refers to itself, and holds several copies of all weights
         for method, run_by in _tasks_of(methods).items():
             run = _runner(file, method, example.read_by(run_by), [name for task in run_by for name in names[task]])
             check({task: networks[task] for task in run_by}, example, other_sizes(example, most) if most else [], run)
         return methods
 
-    def alone(task: str, dynamic: bool) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            made([task], given.only(task), max_batch if dynamic else None, Path(folder) / "alone.pte")
-
     with evaluating(*networks.values()), quietly(), writing(path, target) as part:
         outputs(networks, given, given.tensors)  # refuses what does not fit before the work, and not after it
+
+        def alone(task: str, dynamic: bool) -> None:
+            made([task], given.only(task), max_batch if dynamic else None, part)
+
         try:
             return made(list(networks), given, max_batch, part)
-        except (OSError, NoRoom):
+        except Unwritten:
             raise
         except Exception as error:  # torch and ExecuTorch raise a dozen classes of their own
             raise explained(error, networks, alone, max_batch is not None, "leave max_batch away") from error
@@ -177,16 +182,12 @@ def _exported(
     return programs
 
 
-def _write(programs: Mapping[str, ExportedProgram], file: Path) -> None:
+def _lowered(programs: Mapping[str, ExportedProgram]) -> Any:
     try:
-        program = lowered(programs, PIECE)
+        return lowered(programs, PIECE)
     except OSError as error:
         why = f"{error.strerror or error}, in temporary files. Is {tempfile.gettempdir()} writable, and has it room?"
-        raise NoRoom(f"the tasks cannot be exported: {why}") from error
-    with file.open("wb") as opened:
-        program.write_to_file(opened)
-    del program
-    gc.collect()  # it refers to itself, and holds several copies of all weights
+        raise Unwritten(f"the tasks cannot be exported: {why}") from error
 
 
 def _runner(
@@ -199,10 +200,11 @@ def _runner(
     """
     from executorch.runtime import Runtime
 
+    loaded = functools.cache(lambda: Runtime.get().load_program(file).load_method(method))
+
     def run(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         try:
-            program = Runtime.get().load_program(file)
-            found = program.load_method(method).execute([tensors[name] for name in inputs])
+            found = loaded().execute([tensors[name] for name in inputs])
         except Exception as error:  # classes of its own without a common base
             raise ExportError(f"what was exported cannot be run by ExecuTorch: {reason(error)}") from error
         return dict(zip(names, found, strict=True))

@@ -9,10 +9,7 @@ from torch import nn
 from torch.fx import Node
 
 from taskzip.errors import ExportError, first_line, line_in_code, place_in_code
-
-
-class NoRoom(ExportError):
-    """Temporary files that cannot be written: the fault of no task."""
+from taskzip.export.target import Unwritten
 
 
 def reason(error: BaseException) -> str:
@@ -70,6 +67,8 @@ def explained(
 def _refusal(alone: Callable[[str, bool], object], name: str, dynamic: bool) -> Exception | None:
     try:
         alone(name, dynamic)
+    except Unwritten:
+        return None
     except Exception as error:  # torch raises whatever the network raises, and a dozen classes of its own
         return error
     return None

@@ -44,15 +44,15 @@ class JointGraph:
         for node in module.graph.nodes:
             if node.op == "placeholder":
                 name = next(names)
-                copies[node] = self.inputs[name] = self.graph.placeholder(_identifier(name))
+                copies[node] = self.inputs[name] = self.graph.placeholder(f"input_{len(self.inputs)}")
                 copies[node].meta = node.meta
             elif node.op == "get_attr":
                 value = operator.attrgetter(node.target)(module)
                 if not isinstance(value, Tensor):
                     raise ExportError("it has parts that run or not as the data decide (torch.cond and its kind)")
                 copies[node] = self.constant(node.target, value)
-            elif node.target == aten.clone.default and not node.kwargs:
-                copies[node] = copies[node.args[0]]  # where nothing is written, a copy is the thing itself
+            elif node.target == aten.clone.default and not node.kwargs and node.args[0].op == "placeholder":
+                copies[node] = copies[node.args[0]]  # where nothing is written, a copy of an input is the input itself
             else:
                 copies[node] = self.graph.node_copy(node, copies.__getitem__)
         self.unite()
@@ -108,12 +108,20 @@ class JointGraph:
         """What a node gives that depends on constants only; None for others, and for what is no node."""
         if not isinstance(argument, Node) or self._depends(argument):
             return None
-        if argument.op == "get_attr":
-            return self._constants[str(argument.target)]
-        args, kwargs = torch.fx.map_arg((argument.args, argument.kwargs), self.value)
-        function: Any = argument.target
+        known: dict[Node, Any] = {}
+
+        def found(node: Node) -> Any:
+            if node not in known:
+                if node.op == "get_attr":
+                    known[node] = self._constants[str(node.target)]
+                else:
+                    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), found)
+                    function: Any = node.target
+                    known[node] = function(*args, **kwargs)
+            return known[node]
+
         with torch.no_grad():
-            return function(*args, **kwargs)
+            return found(argument)
 
     def _depends(self, node: Node) -> bool:
         """Whether it depends on more than constants; found once, for what takes its place gives the same."""

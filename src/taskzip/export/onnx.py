@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from taskzip.export.joint import chosen, outputs, traced
 from taskzip.export.quiet import quietly
 from taskzip.export.selections import move_selections
 from taskzip.export.splitting import split_layers
-from taskzip.export.target import writable, writing
+from taskzip.export.target import Unwritten, on_disk, writable, writing
 from taskzip.observation import evaluating
 from taskzip.task import device_of
 from taskzip.zipped import ZippedModel
@@ -72,18 +71,21 @@ def export_onnx(
 
     def made(tasks: Sequence[str], example: Example, dynamic: bool, file: Path) -> None:
         some = {task: networks[task] for task in tasks}
-        _write(_model(some, example, dynamic, by_block), file)
+        model = _model(some, example, dynamic, by_block)
+        with on_disk(path):
+            _write(model, file)
+        del model  # which holds all weights
         check(some, example, other_sizes(example) if dynamic else [], _runner(file, some))
-
-    def alone(task: str, dynamic: bool) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            made([task], given.only(task), dynamic, Path(folder) / "alone.onnx")
 
     with evaluating(*networks.values()), quietly(), writing(path, target) as part:
         outputs(networks, given, given.tensors)  # refuses what does not fit before the work, and not after it
+
+        def alone(task: str, dynamic: bool) -> None:
+            made([task], given.only(task), dynamic, part)
+
         try:
             made(list(networks), given, dynamic_batch, part)
-        except OSError:
+        except Unwritten:
             raise
         except Exception as error:  # torch raises whatever the network raises, and a dozen classes of its own
             raise explained(error, networks, alone, dynamic_batch, "dynamic_batch=False") from error

@@ -35,6 +35,9 @@ def quietly() -> Iterator[None]:
 @contextmanager
 def without_graph() -> Iterator[None]:
     """When torch cannot follow a network it prints all of the graph so far: that is left out of what is printed."""
+    if sys.stderr is None:  # as in programs without a terminal
+        yield
+        return
     said, graph = io.StringIO(), ""
     try:
         with redirect_stderr(said):

@@ -11,6 +11,13 @@ from pathlib import Path
 from taskzip.errors import ExportError
 from taskzip.files import replacing
 
+# Too long a name; links that lead in a circle; something that is no path.
+_NO_PATH = (OSError, RuntimeError, TypeError, ValueError)
+
+
+class Unwritten(ExportError):
+    """A file that could not be written, which is the fault of no task."""
+
 
 def writable(path: str | Path) -> Path:
     """Where a symbolic link points, instead of replacing the link.
@@ -24,13 +31,8 @@ def writable(path: str | Path) -> Path:
             raise ExportError(f"cannot write {path}: there is no folder {target.parent}.")
         if target.exists() and not target.is_file():
             raise ExportError(f"cannot write {path}: it is a {'folder' if target.is_dir() else 'device'} and no file.")
-    except (
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:  # too long a name; links in a circle; no path at all
-        raise ExportError(f"cannot write {path!r}: {getattr(error, 'strerror', None) or error}.") from error
+    except _NO_PATH as error:
+        raise ExportError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}.") from error
     for place in (target.parent, target):
         if place.exists() and not os.access(place, os.W_OK):
             what = "folder" if place.is_dir() else "file"
@@ -43,12 +45,22 @@ def writing(path: str | Path, target: Path) -> Iterator[Path]:
     """As `replacing` the target, which is called by the path that was given.
 
     Raises:
-        ExportError: the system refuses; nothing is left behind.
+        Unwritten: the system refuses; nothing is left behind.
+    """
+    with on_disk(path), replacing(target) as part:
+        yield part
+
+
+@contextmanager
+def on_disk(path: str | Path) -> Iterator[None]:
+    """Say what the system refuses.
+
+    Raises:
+        Unwritten: it refuses.
     """
     try:
-        with replacing(target) as part:
-            yield part
+        yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         ask = "Has it room?" if full else "Is the folder writable?"
-        raise ExportError(f"cannot write {path}: {error.strerror or error}. {ask}") from error
+        raise Unwritten(f"cannot write {path}: {error.strerror or error}. {ask}") from error

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import keyword
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from torch.fx import GraphModule
+from torch._ops import OpOverload
+from torch.fx import Graph, GraphModule, Node
 
 from taskzip.export.agreement import check, other_sizes
-from taskzip.export.blockwise import join_weights
+from taskzip.export.blockwise import LAYERS, join_weights, split_layers
 from taskzip.export.example import Example
 from taskzip.export.failures import explained
-from taskzip.export.graphs import JointGraph
+from taskzip.export.graphs import JointGraph, arguments, aten
 from taskzip.export.joint import check_form, chosen, outputs, traced
 from taskzip.export.quiet import quietly
 from taskzip.observation import evaluating
 from taskzip.task import device_of
 from taskzip.zipped import ZippedModel
+from taskzip.zipped.products import LARGE, LARGE_LINEAR
+
+_LARGE = {layer: LARGE_LINEAR if layer is aten.linear.default else LARGE for layer in LAYERS}
+"""Numbers in a weight from which on it is not put together in every call."""
+
+_MEANT_OTHERWISE = ("torch", "device", "inf", "nan", "NoneType", "builtins", "operator", "math", "fx_pytree", "pytree")
+"""What names may mean in the code of a graph."""
 
 
 def export_graph(
@@ -31,9 +41,10 @@ def export_graph(
     """A joint network as one graph in PyTorch, in which what the tasks have in common is computed once.
 
     Nothing is looked up while it runs, so that it is fast for single small inputs too, where `zipped(x)` is not. It is
-    the network as it is now, for inference: its weights are those of the joint network, not copies, but get no
-    gradients, and after the network has changed another graph has to be made. `torch.compile` and `torch.export.export`
-    take it, and thereby what reads exported programs: `torch.export.save`, AOTInductor, converters for other runtimes.
+    the network as it is now, for inference: its weights are the tensors of the joint network, but for those that lie
+    in another order of memory; equal ones are one, and none gets gradients. After the network has changed another graph
+    has to be made. `torch.compile` and `torch.export.export` take it, and thereby what reads exported programs:
+    `torch.export.save`, AOTInductor, converters for other runtimes.
 
     Args:
         zipped: the joint network; its graph is made as it is in eval mode, and it is not changed.
@@ -43,8 +54,9 @@ def export_graph(
         tasks: which tasks the graph holds, and in which order; default all.
         dynamic_batch: whether it takes batches of any size: all tensors whose first axis is as long as that of the
             first tensor. Other sizes are the example's.
-        partly_shared: a layer of which only some units are shared puts its weight together from "blocks" in every call;
-            or has "weights" of its own for each task, which is faster and takes more memory.
+        partly_shared: a layer of which only some units are shared is computed from "blocks", or puts its weight
+            together from them in every call where it is small; or it has "weights" of its own for each task, which is
+            faster and takes more memory.
 
     Returns:
         A module whose arguments are the tensors of the example, in its order, called "input", "input_0" or as the
@@ -67,6 +79,8 @@ def export_graph(
         joint = JointGraph(program, list(tensors), names)
         if partly_shared == "weights":
             join_weights(joint)
+        else:
+            split_layers(joint, math.inf, _LARGE)
         graph = _with_names(joint.part(list(tensors), names), list(tensors), names)
         with torch.no_grad():
             check(some, example, other_sizes(example) if dynamic else [], lambda tensors: graph(*tensors.values()))
@@ -85,12 +99,39 @@ def export_graph(
 
 def _with_names(module: GraphModule, inputs: Sequence[str], outputs: Sequence[str]) -> GraphModule:
     """Call arguments and outputs by their names, in place, and let no gradient run into the weights."""
+    taken = {"self", *_MEANT_OTHERWISE}
     for node, name in zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True):
-        node.target = re.sub(r"\W", "_", name)
+        called = re.sub(r"\W", "_", name)
+        while called in taken or keyword.iskeyword(called):
+            called += "_"
+        taken.add(called)
+        node.target = called
     (output,) = module.graph.find_nodes(op="output")
-    output.args = (dict(zip(outputs, output.args[0], strict=True)),)
+    given = _apart(module.graph, output)
+    output.args = (dict(zip(outputs, given, strict=True)),)
     module.recompile()
     for name, parameter in list(module.named_parameters()):
         delattr(module, name)
         module.register_buffer(name, parameter.detach())
     return module.eval()
+
+
+def _apart(graph: Graph, output: Node) -> list[Node]:
+    """The outputs, of which none lies where a weight or another output does: whoever gets it may write into it."""
+    owners: set[Node] = set()
+    given: list[Node] = []
+    for node in arguments(output)[0]:
+        owner = node
+        while owner.op == "call_function" and _is_view(owner.target):
+            owner = arguments(owner)[0]
+        if owner.op == "get_attr" or owner in owners:
+            with graph.inserting_before(output):
+                node = graph.call_function(aten.clone.default, (node,))
+        owners.add(owner)
+        given.append(node)
+    return given
+
+
+def _is_view(target: Any) -> bool:
+    """Whether what an operator gives may lie where its first argument does."""
+    return isinstance(target, OpOverload) and any(each.alias_info is not None for each in target._schema.returns)

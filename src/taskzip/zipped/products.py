@@ -18,10 +18,11 @@ Row = tuple[list[Tensor], Tensor | None]
 """Of a group of rows, its blocks side by side, and the order into which their columns are put."""
 
 _CONVOLUTIONS: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-# Measured in benchmarks/products.py: below these sizes several small products take longer than a copy and one product,
-# and with more positions than these the copy no longer matters.
-_LARGE_LINEAR, _LARGE = 2**16, 2**20
+LARGE_LINEAR, LARGE = 2**16, 2**20
+"""Numbers in a weight: below these sizes several small products take longer than a copy and one product."""
+
 _FEW, _MANY = 128, 1024
+"""Positions: with more than these the copy no longer matters."""
 
 
 def forward_in_blocks(original: type[nn.Module]) -> Callable[[Any, Tensor], Tensor] | None:
@@ -38,8 +39,8 @@ def forward_in_blocks(original: type[nn.Module]) -> Callable[[Any, Tensor], Tens
 def _linear(module: Any, input: Tensor) -> Tensor:
     blocks = module._modules["weight_blocks"]
     size = math.prod(blocks._shape)
-    if size >= _LARGE_LINEAR and blocks._whole is None:
-        most = (_MANY if size >= _LARGE else _FEW) * blocks._shape[1]
+    if size >= LARGE_LINEAR and blocks._whole is None:
+        most = (_MANY if size >= LARGE else _FEW) * blocks._shape[1]
         if _may_split(module, blocks, input) and input.numel() <= most:
             return _product(F.linear, module, blocks, input, dim=-1)
     return F.linear(input, module.weight, module.bias)
@@ -48,7 +49,7 @@ def _linear(module: Any, input: Tensor) -> Tensor:
 def _convolution(module: Any, input: Tensor) -> Tensor:
     blocks = module._modules["weight_blocks"]
     size = math.prod(blocks._shape)
-    if size >= _LARGE and blocks._whole is None:
+    if size >= LARGE and blocks._whole is None:
         most = _MANY * blocks._shape[1] * math.prod(module.stride)
         if _may_split(module, blocks, input) and input.numel() <= most:
             dim = input.dim() - len(module.kernel_size) - 1  # a single sample may come without a batch
