@@ -130,9 +130,8 @@ def _check_batch(example: Example, max_batch: int | None) -> None:
         raise InputError(
             f"max_batch is a number of samples from 2 on, or None for the example's own, not {max_batch!r}."
         )
-    samples = max((len(example.tensors[name]) for name in example.batches), default=0)
-    if samples > max_batch:
-        raise InputError(f"example has {samples} samples, more than max_batch={max_batch}.")
+    if example.samples > max_batch:
+        raise InputError(f"example has {example.samples} samples, more than max_batch={max_batch}.")
 
 
 def _methods(tasks: Sequence[str]) -> dict[str, str]:
