@@ -14,7 +14,7 @@ DEV := $(VENV)/.installed-dev
 help:
 	@echo "make demo    install into $(VENV) and run the demonstration"
 	@echo "make test    install into $(VENV), check style and types, run the tests with coverage"
-	@echo "make bench   time joint networks against separate ones, in PyTorch and ONNX Runtime: half an hour"
+	@echo "make bench   time joint networks against separate ones, in PyTorch and ONNX Runtime: twenty minutes"
 	@echo "make lint    ruff only"
 	@echo "make types   mypy only"
 	@echo "make clean   remove builds and caches ($(VENV) and runs/ stay)"
