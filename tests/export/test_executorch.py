@@ -7,7 +7,7 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import taskzip as tz
-from taskzip.export import agreement
 from taskzip.export import executorch as exporting
 from taskzip.export.quiet import quietly
 
@@ -363,13 +362,8 @@ def test_networks_that_cannot_be_exported(tmp_path: Path, net: Any, message: str
     refused(tmp_path, tz.ExportError, message, joint, tmp_path / "joint.pte", torch.randn(2, 4), **options)
 
 
-def test_a_file_that_gives_other_outputs(tmp_path: Path, small: Any, monkeypatch: Any) -> None:
-    right = agreement.outputs
-
-    def off(*args: Any) -> Mapping[str, Mapping[str, Tensor]]:
-        return {task: {n: y + 0.01 * (task == "b") for n, y in each.items()} for task, each in right(*args).items()}
-
-    monkeypatch.setattr(agreement, "outputs", off)
+@pytest.mark.usefixtures("task_b_gives_more")
+def test_a_file_that_gives_other_outputs(tmp_path: Path, small: Any) -> None:
     refused(
         tmp_path,
         tz.ExportError,

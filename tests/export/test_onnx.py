@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import taskzip as tz
-from taskzip.export import agreement
 from taskzip.models import LeNet5, LeNet300, ResNet20
 
 
@@ -447,13 +446,8 @@ def test_operators_that_onnx_does_not_have_and_one_size_of_batch(tmp_path: Path)
     tz.export_onnx(joint, tmp_path / "joint.onnx", torch.randn(2, 4), dynamic_batch=False)
 
 
-def test_a_file_that_gives_other_outputs(tmp_path: Path, small: Any, monkeypatch: Any) -> None:
-    right = agreement.outputs
-
-    def off(*args: Any) -> dict[str, dict[str, Tensor]]:
-        return {task: {n: y + 0.01 * (task == "b") for n, y in each.items()} for task, each in right(*args).items()}
-
-    monkeypatch.setattr(agreement, "outputs", off)
+@pytest.mark.usefixtures("task_b_gives_more")
+def test_a_file_that_gives_other_outputs(tmp_path: Path, small: Any) -> None:
     refused(
         tmp_path,
         tz.ExportError,

@@ -23,7 +23,7 @@ from taskzip.export.delegation import lowered
 from taskzip.export.example import Example
 from taskzip.export.failures import explained, reason
 from taskzip.export.graphs import JointGraph
-from taskzip.export.joint import check_form, chosen, outputs, traced
+from taskzip.export.joint import check_form, chosen, output_names, traced
 from taskzip.export.quiet import quietly
 from taskzip.export.target import Unwritten, on_disk, writable, writing
 from taskzip.observation import evaluating
@@ -84,19 +84,18 @@ def export_executorch(
 
     def made(tasks: Sequence[str], example: Example, most: int | None, file: Path) -> dict[str, str]:
         some, methods = {task: networks[task] for task in tasks}, _methods(tasks)
-        names = {task: list(each) for task, each in outputs(some, example, example.tensors).items()}
-        program = _lowered(_exported(some, names, methods, example, most, partly_shared))
+        program = _lowered(_exported(some, called, methods, example, most, partly_shared))
         with on_disk(path), file.open("wb") as opened:
             program.write_to_file(opened)
         del program
         gc.collect()  # it refers to itself, and holds several copies of all weights
         for method, run_by in _tasks_of(methods).items():
-            run = _runner(file, method, example.read_by(run_by), [name for task in run_by for name in names[task]])
+            run = _runner(file, method, example.read_by(run_by), [name for task in run_by for name in called[task]])
             check({task: networks[task] for task in run_by}, example, other_sizes(example, most) if most else [], run)
         return methods
 
     with evaluating(*networks.values()), quietly(), writing(path, target) as part:
-        outputs(networks, given, given.tensors)  # refuses what does not fit before the work, and not after it
+        called = output_names(networks, given)
 
         def alone(task: str, dynamic: bool) -> None:
             made([task], given.only(task), max_batch if dynamic else None, part)
@@ -161,7 +160,7 @@ def _exported(
 ) -> dict[str, ExportedProgram]:
     """A program for each method: parts of one graph, so that what they have in common is the same in all of them."""
     joint, tensors, shapes = traced(networks, example, (1, max_batch) if max_batch else None)
-    graph = JointGraph(joint, list(tensors), [name for each in names.values() for name in each])
+    graph = JointGraph(joint, list(tensors), [name for task in networks for name in names[task]])
     if form == "blocks":
         split_layers(graph, PIECE)
     else:

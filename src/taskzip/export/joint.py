@@ -133,6 +133,15 @@ def outputs(
     return found
 
 
+def output_names(networks: Mapping[str, nn.Module], example: Example) -> dict[str, list[str]]:
+    """By task, what its outputs are called; asked first, so that what does not fit is refused before the work.
+
+    Raises:
+        InputError, ExportError: as `outputs`.
+    """
+    return {task: list(each) for task, each in outputs(networks, example, example.tensors).items()}
+
+
 def _shapes(tensors: dict[str, Tensor]) -> str:
     kinds = {name: f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for name, t in tensors.items()}
     return ", ".join(f"{name} of {kind}" for name, kind in kinds.items())

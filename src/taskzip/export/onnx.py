@@ -15,7 +15,7 @@ from taskzip.errors import ExportError
 from taskzip.export.agreement import check, other_sizes
 from taskzip.export.example import Example
 from taskzip.export.failures import explained, reason
-from taskzip.export.joint import chosen, outputs, traced
+from taskzip.export.joint import chosen, output_names, traced
 from taskzip.export.quiet import quietly
 from taskzip.export.selections import move_selections
 from taskzip.export.splitting import split_layers
@@ -71,14 +71,15 @@ def export_onnx(
 
     def made(tasks: Sequence[str], example: Example, dynamic: bool, file: Path) -> None:
         some = {task: networks[task] for task in tasks}
-        model = _model(some, example, dynamic, by_block)
+        names = [name for task in tasks for name in called[task]]
+        model = _model(some, example, names, dynamic, by_block)
         with on_disk(path):
             _write(model, file)
         del model  # which holds all weights
         check(some, example, other_sizes(example) if dynamic else [], _runner(file, some))
 
     with evaluating(*networks.values()), quietly(), writing(path, target) as part:
-        outputs(networks, given, given.tensors)  # refuses what does not fit before the work, and not after it
+        called = output_names(networks, given)
 
         def alone(task: str, dynamic: bool) -> None:
             made([task], given.only(task), dynamic, part)
@@ -112,11 +113,12 @@ def _check_size(networks: dict[str, nn.Module], path: str | Path) -> None:
         )
 
 
-def _model(networks: dict[str, nn.Module], example: Example, dynamic_batch: bool, by_block: bool) -> Any:
+def _model(
+    networks: dict[str, nn.Module], example: Example, names: list[str], dynamic_batch: bool, by_block: bool
+) -> Any:
     """The graph of all tasks, in which equal parts are one."""
     import torch.onnx
 
-    names = [name for each in outputs(networks, example, example.tensors).values() for name in each]
     exported, *_ = traced(networks, example, (0, None) if dynamic_batch else None)
     program = torch.onnx.export(
         exported,

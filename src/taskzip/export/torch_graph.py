@@ -17,7 +17,7 @@ from taskzip.export.blockwise import LAYERS, join_weights, split_layers
 from taskzip.export.example import Example
 from taskzip.export.failures import explained
 from taskzip.export.graphs import JointGraph, arguments, aten
-from taskzip.export.joint import check_form, chosen, outputs, traced
+from taskzip.export.joint import check_form, chosen, output_names, traced
 from taskzip.export.quiet import quietly
 from taskzip.observation import evaluating
 from taskzip.task import device_of
@@ -74,7 +74,7 @@ def export_graph(
 
     def made(tasks: Sequence[str], example: Example, dynamic: bool) -> GraphModule:
         some = {task: networks[task] for task in tasks}
-        names = [name for each in outputs(some, example, example.tensors).values() for name in each]
+        names = [name for task in tasks for name in called[task]]
         program, tensors, _ = traced(some, example, (0, None) if dynamic else None)
         joint = JointGraph(program, list(tensors), names)
         if partly_shared == "weights":
@@ -90,7 +90,7 @@ def export_graph(
         made([task], given.only(task), dynamic)
 
     with evaluating(*networks.values()), quietly():
-        outputs(networks, given, given.tensors)  # refuses what does not fit
+        called = output_names(networks, given)
         try:
             return made(list(networks), given, dynamic_batch)
         except Exception as error:  # torch raises whatever the network raises, and a dozen classes of its own
