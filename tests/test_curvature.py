@@ -96,13 +96,36 @@ def test_values_that_are_not_finite_are_noticed(value: float, where: str) -> Non
     assert not filled(x, z).is_finite()
 
 
-def test_damping_is_relative_to_the_mean_of_the_diagonal() -> None:
+def test_damping_is_relative_to_each_input() -> None:
     h = torch.tensor([[4.0, 1.0], [1.0, 2.0]])
-    torch.testing.assert_close(damped(h, 0.1), torch.tensor([[4.3, 1.0], [1.0, 2.3]]))
-    torch.testing.assert_close(damped(5 * h, 0.1), 5 * damped(h, 0.1))
+    torch.testing.assert_close(damped(h, 0.1), torch.tensor([[4.4, 1.0], [1.0, 2.2]]))
+    scale = torch.diag(torch.tensor([3.0, 0.2]))
+    torch.testing.assert_close(damped(scale @ h @ scale, 0.1), scale @ damped(h, 0.1) @ scale)
     assert torch.equal(damped(h, 0.0), h)
     assert torch.equal(h, torch.tensor([[4.0, 1.0], [1.0, 2.0]]))
-    assert damped(torch.zeros(0, 0), 0.1).shape == (0, 0)
+
+
+def test_dead_inputs_are_damped_a_little() -> None:
+    torch.testing.assert_close(damped(torch.diag(torch.tensor([4.0, 0.0])), 0.1)[1, 1], torch.tensor(0.1 * 2e-6))
+
+
+@pytest.mark.parametrize("rows", [3, 400])
+def test_held_out_rows_are_summed_up_with_the_others_and_by_themselves(rows: int) -> None:
+    """Few rows are kept as they are, many are summed up."""
+    x, z = torch.randn(rows, 30, dtype=torch.float64), torch.randn(rows, 4, dtype=torch.float64) + 5
+    whole, fit = LayerStatistics(30, 4, torch.device("cpu")), LayerStatistics(30, 4, torch.device("cpu"))
+    whole.update(x, z)
+    held = fit.held_out_beside(z)
+    fit.update(x[1:], z[1:])
+    held.update(x[:1], z[:1])
+    total = fit.with_held_out(held)
+    for name in ("gram", "cross", "square", "rows"):
+        torch.testing.assert_close(getattr(total, name), getattr(whole, name))
+    assert total.parts == (fit, held)
+    torch.testing.assert_close(held.cross, torch.outer(torch.cat([x[0], torch.ones(1).double()]), z[0]))
+    some = torch.tensor([2, 0])
+    torch.testing.assert_close(total.of_units(some).cross, whole.cross[:, some])
+    torch.testing.assert_close(total.of_units(some).square, whole.square[some])
 
 
 @given(st.integers(0, 2**32), st.integers(1, 8), st.integers(0, 8))

@@ -46,9 +46,10 @@ def test_is_the_least_of_what_it_minimises(seed: int, rows: int, ridge: float, b
     found = least_squares(filled(x, z), now, ridge, bias=bias)
     inputs = torch.cat([x, torch.ones(rows, 1, dtype=DOUBLE)], dim=1).numpy()[:, : 5 if bias else 4]
     d = inputs.shape[1]
-    pull = np.sqrt(ridge * (inputs**2).sum(0).mean())
-    stacked = np.vstack([inputs, pull * np.eye(d)])
-    wanted = np.vstack([z.numpy(), pull * now.numpy()[:, :d].T])
+    squares = (inputs**2).sum(0)
+    pull = np.sqrt(ridge * np.maximum(squares, 1e-6 * squares.mean()))
+    stacked = np.vstack([inputs, np.diag(pull)])
+    wanted = np.vstack([z.numpy(), pull[:, None] * now.numpy()[:, :d].T])
     solution = np.linalg.lstsq(stacked, wanted, rcond=None)[0].T
     np.testing.assert_allclose(found.numpy()[:, :d], solution, rtol=1e-6, atol=1e-8)
     assert torch.equal(found[:, d:], now[:, d:])
@@ -90,7 +91,7 @@ def balanced(alphas: Sequence[float], values: Sequence[Tensor]) -> tuple[Tensor,
 def test_mean_and_variance_are_the_original_ones_again(alphas: Sequence[float]) -> None:
     tasks = len(alphas)
     x = [some(50 + 9 * t, 6) + 1 for t in range(tasks)]
-    z = [3 * some(len(each), 8) - 2 for each in x]
+    z = [2 * some(len(each), 8) - 2 for each in x]
     units = [torch.randperm(8)[:4] for _ in range(tasks)]
     w = [some(4, 7) for _ in range(tasks)]
     scale, shift = match_spread([filled(a, b) for a, b in zip(x, z, strict=True)], w, units, alphas)
@@ -100,6 +101,14 @@ def test_mean_and_variance_are_the_original_ones_again(alphas: Sequence[float]) 
     mean, variance = balanced(alphas, y)
     torch.testing.assert_close(mean, wanted_mean)
     torch.testing.assert_close(variance, wanted_variance)
+
+
+@pytest.mark.parametrize("factor, wanted", [(1e3, 0.5), (1e-3, 2.0)])
+def test_what_is_all_but_constant_is_not_blown_up(factor: float, wanted: float) -> None:
+    x, w = some(50, 6), some(4, 7)
+    scale, shift = match_spread([filled(x, answers(x, w))], [factor * w], [torch.arange(4)], (1.0,))
+    torch.testing.assert_close(scale, torch.full_like(scale, wanted))
+    torch.testing.assert_close((scale * answers(x, factor * w) + shift).mean(0), answers(x, w).mean(0))
 
 
 def test_the_tasks_may_have_different_inputs() -> None:

@@ -174,22 +174,27 @@ def zip_twin(
         data: per task, all its samples.
         share: the fraction of the smaller layer's units that is shared.
         matching: "greedy" or "optimal" (exact; exponential in the number of units).
-        compensate: least squares before merging, spread matching after it, and private weights that follow.
+        compensate: units are first made as large as they matter, and errors count relative to them; least squares before
+            merging, spread matching after it, and private weights that follow.
         balance: alpha of task A.
         damping, ridge: as in `taskzip.zip`.
         threshold: with "greedy": stop at the first pair whose d is above it.
         cross: whether shared units keep weights from private ones; without, both networks have biases everywhere.
     """
     original = [Network.of(model) for model in models]
+    if compensate:
+        for network, x in zip(original, data, strict=True):
+            _equalise(network, x)
     result = Result([network.copy() for network in original])
     zipped = result.networks
-    alpha = (balance, 1 - balance)
+    alphas = (balance, 1 - balance)
     shared_before: int | None = None  # units of the previous layer that are shared; None for the networks' inputs
     changed = False
     for number in range(len(original[0].layers)):
         x = [zipped[t].rows(number, data[t]) for t in (0, 1)]
         z = [original[t].rows(number, data[t]) @ original[t].layers[number].matrix.T for t in (0, 1)]
         layers = [zipped[t].layers[number] for t in (0, 1)]
+        alpha = [a / each.var(0).mean() if compensate else a for a, each in zip(alphas, z, strict=True)]
         if compensate and changed:
             for t in (0, 1):
                 layers[t].matrix = _least_squares(x[t], z[t], layers[t], ridge)
@@ -202,7 +207,7 @@ def zip_twin(
             h = []
             for t in (0, 1):
                 curvature = alpha[t] / len(data[t]) * sum(np.outer(row, row) for row in x[t])
-                h.append(curvature + damping * np.mean(np.diag(curvature)) * np.eye(len(curvature)))
+                h.append(curvature + damping * np.diag(_mean_squares(curvature)))
             d, merged = _cut_pairs([layer.matrix for layer in layers], h, [np.append(s, -1) for s in shared])
             pairs = {"greedy": _greedy, "optimal": _optimal}[matching](
                 d, round(share * min(layers[0].units, layers[1].units))
@@ -223,7 +228,7 @@ def zip_twin(
         for t in (0, 1):
             rows = np.column_stack([_restricted(x[t], shared[t], bias), x[t][:, own[t]]])
             curvature = alpha[t] / len(data[t]) * sum(np.outer(row, row) for row in rows)
-            whole.append(curvature + damping * np.mean(np.diag(curvature)) * np.eye(len(curvature)))
+            whole.append(curvature + damping * np.diag(_mean_squares(curvature)))
             # What is left of the error where the own weights are free: the inverse of a part of the inverse.
             common = w[t].shape[1]
             h.append(np.linalg.inv(np.linalg.inv(whole[t])[:common, :common]))
@@ -252,14 +257,36 @@ def zip_twin(
     raise AssertionError("a network without layers")
 
 
+def _equalise(network: Network, data: np.ndarray) -> None:
+    """Scale hidden units so that each is as large as what it gives to its readers, relative to the spread of these.
+
+    ReLU and pooling commute with it: the next layer's weights are divided by the scale.
+    """
+    for number in reversed(range(len(network.layers) - 1)):
+        layer, reader = network.layers[number], network.layers[number + 1]
+        run = reader.columns // layer.units
+        given = network.rows(number + 1, data) @ reader.matrix.T
+        matters = [np.sqrt((reader.matrix[:, k * run : (k + 1) * run] ** 2).sum()) for k in range(layer.units)]
+        spread = (network.rows(number, data) @ layer.matrix.T).std(0)
+        scale = np.array(matters) / np.sqrt(given.var(0).sum())
+        scale /= np.sqrt(np.mean(spread**2 * scale**2))
+        layer.matrix *= scale[:, None]
+        reader.matrix[:, :-1] /= scale.repeat(run)
+
+
 def _least_squares(x: np.ndarray, z: np.ndarray, layer: Layer, ridge: float) -> np.ndarray:
-    """argmin sum |W x - z|^2 + ridge * mean(diag G) * |W - W_now|^2, as one least-squares problem with more rows."""
+    """argmin sum |W x - z|^2 + ridge * |(W - W_now) diag(G)^1/2|^2, as one least-squares problem with more rows."""
     d = x.shape[1] if layer.bias else x.shape[1] - 1
     x = x[:, :d]
-    pull = np.sqrt(ridge * np.mean((x**2).sum(0)))
+    pull = np.diag(np.sqrt(ridge * _mean_squares(x.T @ x)))
     now = layer.matrix[:, :d]
-    solution, *_ = np.linalg.lstsq(np.vstack([x, pull * np.eye(d)]), np.vstack([z, pull * now.T]), rcond=None)
+    solution, *_ = np.linalg.lstsq(np.vstack([x, pull]), np.vstack([z, pull @ now.T]), rcond=None)
     return np.column_stack([solution.T, layer.matrix[:, d:]])
+
+
+def _mean_squares(curvature: np.ndarray) -> np.ndarray:
+    """Of each input; one that is all but dead has a millionth of the mean."""
+    return np.maximum(np.diag(curvature), 1e-6 * np.mean(np.diag(curvature)))
 
 
 def _shared_columns(networks: Sequence[Network], number: int, shared_before: int | None) -> list[np.ndarray]:
@@ -400,10 +427,11 @@ def _match_spread(
     """One scale and one shift per pair, so that variance and mean, averaged over the tasks, are the original ones."""
     y = [x[t] @ layers[t].matrix[units[t]] for t in (0, 1)]
     wanted = [z[t][:, units[t]] for t in (0, 1)]
+    alpha = [a / sum(alpha) for a in alpha]
     scale = np.sqrt(
         sum(a * each.var() for a, each in zip(alpha, wanted, strict=True))
         / sum(a * each.var() for a, each in zip(alpha, y, strict=True))
-    )
+    ).clip(0.5, 2.0)
     shift = sum(alpha[t] * (wanted[t].mean() - scale * y[t].mean()) for t in (0, 1))
     for t in (0, 1):
         layers[t].matrix[units[t]] *= scale

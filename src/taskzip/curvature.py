@@ -20,8 +20,15 @@ _SMALL = 1024
 _BLOCK = 512
 """Columns of the blocks in which a larger one is summed up."""
 
+_DEAD = 1e-6
+"""Mean squares of inputs are no smaller than this, relative to their mean over all inputs."""
+
 _FEW = 0.25
 """Rows per column up to which they are kept: with more, the span of two tasks' rows costs what matrices cost."""
+
+
+Moments = tuple[Float[Tensor, " units"], Float[Tensor, " units"]]
+"""Mean and variance of each unit."""
 
 
 class _Sums(NamedTuple):
@@ -40,6 +47,9 @@ class LayerStatistics:
 
     The answers are summed up less a constant near their mean, because a unit's spread may be far below its mean. Where
     rows are few for the number of inputs, they are kept as they are, and the curvature is factored (design 2.6).
+
+    Attributes:
+        parts: the sums over the rows that were not held out, and over those that were; None where none were.
     """
 
     def __init__(self, inputs: int, units: int, device: torch.device) -> None:
@@ -48,6 +58,7 @@ class LayerStatistics:
         self._origin: Tensor | None = None
         self._kept: list[_Rows] = []
         self._sums: _Sums | None = None
+        self.parts: tuple[LayerStatistics, LayerStatistics] | None = None
         if self._columns <= _SMALL:
             self._sum_up()
 
@@ -55,12 +66,27 @@ class LayerStatistics:
         """Add rows; `weight` says how many rows each of them stands for (sampling leaves the sums unbiased)."""
         if self._origin is None:
             self._origin = answers.mean(0)
+        if not len(rows):
+            return
         x = torch.cat([rows, rows.new_ones(rows.shape[0], 1)], dim=1)
         z = answers - self._origin
         self._kept.append(_Rows(x, z, weight))
         self._square += weight * z.square().sum(0)
         if self._sums or sum(len(each.x) for each in self._kept) > _FEW * self._columns:
             self._sum_up()
+
+    def with_held_out(self, held: LayerStatistics) -> LayerStatistics:
+        """The sums over these rows and over those that were held out, whose answers have the same origin."""
+        total = LayerStatistics(self._columns - 1, len(self._square), self._square.device)
+        total._origin, total._square = self._origin, self._square + held._square
+        total._kept = self._kept + held._kept
+        sums = [each._sums for each in (self, held) if each._sums]
+        if sums:
+            total._sums = _Sums(*(torch.stack(each).sum(0) for each in zip(*sums, strict=True)))
+        if total._sums or sum(len(each.x) for each in total._kept) > _FEW * total._columns:
+            total._sum_up()
+        total.parts = (self, held)
+        return total
 
     def _sum_up(self) -> None:
         """Rows that were kept become sums."""
@@ -71,6 +97,23 @@ class LayerStatistics:
             self._sums.gram.add_(weight * _gram(x))
             self._sums.cross.add_(weight * (x.mT @ z))
         self._kept.clear()
+
+    def held_out_beside(self, answers: Float[Tensor, "rows units"]) -> LayerStatistics:
+        """Sums of other rows, still empty, that `with_held_out` takes; some answers tell where these begin."""
+        if self._origin is None:
+            self._origin = answers.mean(0)
+        held = LayerStatistics(self._columns - 1, len(self._square), self._square.device)
+        held._origin = self._origin
+        return held
+
+    def of_units(self, units: Tensor) -> LayerStatistics:
+        """The same rows, with the answers of some units."""
+        some = LayerStatistics(self._columns - 1, len(units), self._square.device)
+        some._square = self._square[units]
+        some._origin = None if self._origin is None else self._origin[units]
+        some._kept = [each._replace(z=each.z[:, units]) for each in self._kept]
+        some._sums = self._sums and self._sums._replace(cross=self._sums.cross[:, units])
+        return some
 
     def is_finite(self) -> bool:
         """Whether no NaN or infinity was read."""
@@ -114,13 +157,13 @@ class LayerStatistics:
         origin = self._origin.double()
         return self._square + 2 * origin * self._totals[1] + self.rows * origin.square()
 
-    def answer_moments(self) -> tuple[Float[Tensor, " units"], Float[Tensor, " units"]]:
+    def answer_moments(self) -> Moments:
         """Mean and variance of the original network's pre-activations, per unit."""
         mean = self._totals[1] / self.rows
         variance = (self._square / self.rows - mean.square()).clamp_min(0)
         return mean if self._origin is None else mean + self._origin, variance
 
-    def moments(self, weights: Float[Tensor, "units d1"]) -> tuple[Float[Tensor, " units"], Float[Tensor, " units"]]:
+    def moments(self, weights: Float[Tensor, "units d1"]) -> Moments:
         """Mean and variance of what units with these incoming weights (bias last) answer on the same rows."""
         mean, free = self._totals[0] / self.rows, slice(0, -1)
         variance = quadratic(restricted(self.covariance(), free), weights[:, free])
@@ -165,12 +208,21 @@ def damped(h: Tensor, damping: float) -> Tensor: ...
 @overload
 def damped(h: Factored, damping: float) -> Factored: ...
 def damped(h: Float[Tensor, "d d"] | Factored, damping: float) -> Float[Tensor, "d d"] | Factored:
-    """H + damping * mean(diag(H)) * I: where the data say nothing, each task's own weights are the prior."""
+    """H + damping * diag(H): where the data say nothing, each task's own weights are the prior."""
     if isinstance(h, Factored):
         return h.damped(damping)
-    if not len(h):
-        return h
-    return h + damping * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype, device=h.device)
+    return h + damping * mean_squares(h).diag()
+
+
+def mean_squares(h: Float[Tensor, "d d"] | Factored) -> Float[Tensor, " d"]:
+    """What damping and ridges are relative to: each input's own mean square, so that its scale does not matter.
+
+    Inputs that are all but dead count as having a small one; factored curvatures have one for all inputs, their mean.
+    """
+    if isinstance(h, Factored):
+        return h.damped(1.0).diagonal - h.diagonal
+    own = h.diagonal()
+    return own if not len(h) else own.clamp_min(_DEAD * own.mean())
 
 
 def solve_symmetric(h: Float[Tensor, "d d"], right: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:

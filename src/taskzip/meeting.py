@@ -31,7 +31,8 @@ class TaskLayer:
             row by, where the scale of a unit must not matter.
         statistics: what the layer reads.
         samples: over how many samples these were summed.
-        balance, damping: as for `zip`.
+        balance: of its error, as for `zip`, relative to the variance of its answers.
+        damping: as for `zip`.
         private: columns that no other task has and whose weights follow the shared ones; none if they stay.
         cross: whether shared units read more than what all of their owners have.
     """

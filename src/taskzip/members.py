@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from taskzip.answers import Answers
+from taskzip.equalising import equalise
 from taskzip.errors import GraphError, InputError
 from taskzip.graph import Layer, Structure, analyse
 from taskzip.observation import MaxRows, Observer, evaluating, run_batch
@@ -25,6 +26,9 @@ Owners = tuple[int, ...]
 Slots = dict[int, tuple[int, np.ndarray]]
 """Per space of a task, its joint space and the slot of each unit: units of two tasks in one slot belong together."""
 
+_SPREAD_SAMPLES = 1024
+"""So many samples tell the spreads of units, to which these are scaled."""
+
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3}
 
 
@@ -35,7 +39,8 @@ class Member:
         task: what the caller gave; its model is read, never written.
         network: the working copy, zipped in place, in eval mode.
         structure: layers and spaces of the network.
-        original: the network that `network` should agree with: the caller's, or a copy with batch-norm folded.
+        original: the network that `network` should agree with: the caller's, or a copy with batch-norm folded and with
+            units of equal spreads.
         folded: the batch-norms that were folded into the layers before them.
         samples: how many samples the calibration data hold.
         slots: per space that has been put into order, the joint space, and in which of its slots each unit stands.
@@ -43,7 +48,7 @@ class Member:
         answers: what the original network answers, as far as it is remembered.
     """
 
-    def __init__(self, task: Task, seed: int, *, fold_batch_norm: bool = False) -> None:
+    def __init__(self, task: Task, seed: int, *, fold_batch_norm: bool = False, equal_spreads: bool = False) -> None:
         self.task = task
         self._check_parameters()
         self.samples = task.check_data()
@@ -58,6 +63,8 @@ class Member:
         self._orders: dict[int, np.ndarray] = {}  # per space, which of the original's units stands in each place
         self.changed = False
         self.answers = Answers()
+        if equal_spreads:
+            self._equalise(batch, answers, seed)
 
     def _first_answers(self, batch: Batch) -> Any:
         with evaluating(self.network):
@@ -94,6 +101,18 @@ class Member:
                 f"more than torch's own; zip with batch_norm='private'."
             )
         return copy.deepcopy(self.network)
+
+    def _equalise(self, batch: Batch, answers: Any, seed: int) -> None:
+        """Give units equal spreads in the working copy; a copy of it becomes the network to agree with."""
+        moments = self.observer(None, seed).moments(self.structure.layers, _SPREAD_SAMPLES)
+        if equalise(self.network, self.structure, moments):
+            if not self._agrees((), (), batch, answers):
+                raise GraphError(
+                    f"task {self.task.name!r}: with its units brought to equal spreads the network gives other outputs, so "
+                    f"their readers were misunderstood; please report the architecture. compensate='output' leaves the "
+                    f"units as they are."
+                )
+            self.original = copy.deepcopy(self.network)
 
     def _check_orders(self, batch: Batch, answers: Any, seed: int) -> None:
         """Re-order every space at random in a copy of the network: it must still give its own outputs.

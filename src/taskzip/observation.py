@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from taskzip.answers import Answers
-from taskzip.curvature import LayerStatistics
+from taskzip.curvature import LayerStatistics, Moments
 from taskzip.errors import GraphError, InputError
 from taskzip.graph import Layer
 from taskzip.task import Batch, Task, device_of, input_tensors, samples_in
@@ -33,6 +33,9 @@ AUTO_ROWS_PER_INPUT = 50
 _linear = F.linear
 _CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_HELD_OUT = 8
+"""The rows of every so many samples can be held out."""
+
 _CHUNK_ELEMENTS = 2**25  # values of one batch's patches that are held at once
 
 
@@ -162,19 +165,24 @@ class Observer:
     seed: int
     answers: Answers
 
-    def observe(self, layer: Layer, *, changed: bool, rows: Tensor | None = None) -> LayerStatistics:
+    def observe(
+        self, layer: Layer, *, changed: bool, rows: Tensor | None = None, hold_out: bool = False
+    ) -> LayerStatistics:
         """Sum up what `layer` reads, and what the original network answers there.
 
         Args:
             layer: a layer of the network, still with a dense weight.
             changed: whether its inputs may differ from the original network's; if not, one forward pass serves both.
             rows: which of the original's units each present one is, where they are in another order.
+            hold_out: whether the rows of every eighth sample are also summed up by themselves.
 
         Raises:
             InputError: inputs that are not finite, or a network that fails on its data.
         """
         generator = torch.Generator().manual_seed(self.seed)
         statistics = LayerStatistics(layer.inputs * layer.taps, layer.units, device_of(self.network))
+        held: LayerStatistics | None = None
+        hold_out, seen = hold_out and self.samples >= 2 * _HELD_OUT, 0
         with evaluating(self.network, self.original):
             for index, batch in enumerate(self.task.batches()):
                 recalled = self.answers.recall(layer.name, batch, index) if changed else None
@@ -186,7 +194,15 @@ class Observer:
                     for where, weight in self._choose(outputs.shape[:-1], layer, samples_in(batch), generator):
                         z = next(chunks) if recalled else outputs[where]
                         z = z[:, rows.to(z.device)] if changed and rows is not None else z
-                        statistics.update(inputs[where].flatten(1), z, weight)
+                        x = inputs[where].flatten(1)
+                        if hold_out:
+                            held = statistics.held_out_beside(z) if held is None else held
+                            out = (seen + _samples_of(where, outputs.shape[:-1], samples_in(batch))) % _HELD_OUT == 0
+                            held.update(x[out], z[out], weight)
+                            x, z = x[~out], z[~out]
+                        statistics.update(x, z, weight)
+                seen += samples_in(batch)
+        statistics = statistics if held is None else statistics.with_held_out(held)
         self._check(statistics, layer)
         return statistics
 
@@ -208,6 +224,25 @@ class Observer:
                     before.update(z[:, :0], z if rows is None else z[:, rows.to(z.device)])
         self._check(now, layer)
         return before, now
+
+    def moments(self, layers: Sequence[Layer], samples: int) -> dict[str, Moments]:
+        """Mean and variance of what the original network answers in each layer, over the first so many samples."""
+        device = device_of(self.original)
+        found = {layer.name: LayerStatistics(0, layer.units, device) for layer in layers}
+
+        def take(layer: Layer, read: _Read) -> None:
+            z = _outputs(read, layer).flatten(0, -2)
+            found[layer.name].update(z[:, :0], z)
+
+        with evaluating(self.original):
+            for index, batch in enumerate(self.task.batches()):
+                self._run(self.original, layers, take, batch, index)
+                samples -= samples_in(batch)
+                if samples <= 0:
+                    break
+        for layer in layers:
+            self._check(found[layer.name], layer)
+        return {name: statistics.answer_moments() for name, statistics in found.items()}
 
     def survey(self, layers: Sequence[Layer], wanted: Collection[str]) -> dict[str, LayerStatistics]:
         """Remember what the original network answers in these layers, in one pass over the data.
@@ -282,6 +317,11 @@ class Observer:
         kept = torch.arange(rows) if wanted == rows else torch.randperm(rows, generator=generator)[:wanted]
         for chunk in kept.split(max(1, _CHUNK_ELEMENTS // columns)):
             yield torch.unravel_index(chunk.to(device_of(self.network)), places), rows / wanted
+
+
+def _samples_of(where: tuple[Tensor, ...], places: Sequence[int], samples: int) -> Tensor:
+    """The sample, in its batch, of each of some rows; a linear layer's lie sample by sample along one axis."""
+    return where[0] if len(places) > 1 else where[0] * samples // places[0]
 
 
 def _inputs(read: _Read, layer: Layer) -> Tensor:

@@ -11,18 +11,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from taskzip.curvature import LayerStatistics, damped
+from taskzip.curvature import LayerStatistics, Moments, damped, mean_squares
 from taskzip.factored import Factored, restricted
 from taskzip.sparsity import fit, fit_on_support, solve_on_support, support
-
-Moments = tuple[Float[Tensor, " units"], Float[Tensor, " units"]]
-"""Mean and variance of each unit."""
 
 _ROUNDING = 1e-9
 """Corrections below this, relative to a unit's spread, are rounding: units that agree stay exactly as they are."""
 
-_LEAST = 1e-6
-"""Scales are no smaller: weights of units that were constant all but vanish, but 0 would be a missing connection."""
+_MOST = 2.0
+"""Scales are no larger, nor smaller than its inverse: what lost more than that is noise, or all but constant."""
 
 
 def least_squares(
@@ -44,7 +41,7 @@ def least_squares(
     if isinstance(h, Factored):
         solved = _fitted(damped(h, ridge), statistics.answers, present, exists)
     else:
-        pull = ridge * h.diagonal().mean()
+        pull = ridge * mean_squares(h)[:, None]
         solved = solve_on_support(damped(h, ridge), statistics.cross[:d] + pull * present.mT, exists).mT
     return solved if bias else torch.cat([solved, weights[:, d:]], dim=1)
 
@@ -92,7 +89,7 @@ def match_spread(
         m, v = s.moments(w)
         mean, variance = mean + alpha * m, variance + alpha * v
     tiny = 1e-12 * (wanted_variance + wanted_mean.square()) + torch.finfo(variance.dtype).tiny
-    ratio = (wanted_variance / variance.clamp_min(tiny)).sqrt().clamp_min(_LEAST)
+    ratio = (wanted_variance / variance.clamp_min(tiny)).sqrt().clamp(1 / _MOST, _MOST)
     scale = torch.where(variance > tiny, ratio, torch.ones_like(variance))
     scale = torch.where((scale - 1).abs() < _ROUNDING, torch.ones_like(scale), scale)
     shift = wanted_mean - scale * mean

@@ -39,10 +39,15 @@ class Settings:
     batch_norm: Norms
     layers: Layers | None
     damping: float
-    ridge: float
+    ridge: float | None
     max_rows: MaxRows
     retraining: Retraining
     seed: int
+
+    @property
+    def relative(self) -> bool:
+        """Whether errors of units count relative to the units' own spread; as they are in the paper's procedure."""
+        return self.compensate is True
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -84,7 +89,7 @@ def read_settings(
     batch_norm: Norms,
     layers: Layers | None,
     damping: float,
-    ridge: float,
+    ridge: float | None,
     max_rows: MaxRows,
     retrain: int | Mapping[str, int] | Retraining | None,
     seed: int,
@@ -108,7 +113,7 @@ def read_settings(
         _one_of("batch_norm", batch_norm, ("private", "fold")),
         layers if isinstance(layers, Mapping) else _one_of("layers", layers, (None, "order", "name")),
         _not_negative("damping", damping),
-        _not_negative("ridge", ridge),
+        None if ridge is None else _not_negative("ridge", ridge),
         _max_rows(max_rows),
         retrain if isinstance(retrain, Retraining) else Retraining(0 if retrain is None else retrain),
         checked_seed(seed),

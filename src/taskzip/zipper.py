@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
@@ -22,9 +23,12 @@ from taskzip.ordering import stream_slots
 from taskzip.plan import Quota
 from taskzip.recalibration import batch_norm_statistics, least_squares
 from taskzip.recording import Recorder
+from taskzip.ridge import choose_ridge
 from taskzip.settings import Settings
 from taskzip.spaces import JointSpaces, Part, alike, of_one_kind
 from taskzip.zipped import LayerRecord
+
+log = logging.getLogger("taskzip")
 
 NONE = torch.empty(0, dtype=torch.long)
 """No columns."""
@@ -151,9 +155,14 @@ class Zipper:
         cross: bool = True,
     ) -> TaskLayer:
         """A task's layer, free of its units' scale where batch-norm follows, if that is wanted."""
+        answered = len(statistics.square) > 0  # a survey does not sum up answers, which are those of these weights
+        _, variance = statistics.answer_moments() if answered else statistics.moments(weights)
         if layer.batch_norm and normed:
-            weights = weights / self.members[task].batch_norm_scale(layer)[:, None]
+            scale = self.members[task].batch_norm_scale(layer)
+            weights, variance = weights / scale[:, None], variance / scale.square()
         samples, balance = self.members[task].samples, self.settings.balance[task]
+        if self.settings.relative and variance.any():
+            balance = balance / float(variance.mean())
         damping, private = self.settings.damping, private.to(weights.device)
         return TaskLayer(task, layer, weights, statistics, samples, balance, damping, private, cross)
 
@@ -234,7 +243,8 @@ def observe(member: Member, layer: Layer, settings: Settings, sharing: bool) -> 
     if changed and not member.answers.started:
         survey(member, settings, ())
     observer = member.observer(settings.max_rows, settings.seed)
-    statistics = observer.observe(layer, changed=changed, rows=member.original_rows(layer))
+    hold_out = settings.ridge is None and _to_solve(member, layer, settings)
+    statistics = observer.observe(layer, changed=changed, rows=member.original_rows(layer), hold_out=hold_out)
     member.answers.forget(layer.name)
     return statistics
 
@@ -269,7 +279,11 @@ def compensated(member: Member, layer: Layer, statistics: LayerStatistics | None
     weights = member.weights(layer)
     if statistics is None or not _to_solve(member, layer, settings):
         return weights
-    return least_squares(statistics, weights, settings.ridge, bias=layer.bias is not None)
+    bias = layer.bias is not None
+    ridge = choose_ridge(statistics, weights, bias=bias) if settings.ridge is None else settings.ridge
+    statistics.parts = None
+    log.debug("%s, %s: ridge %g", member.task.name, layer.name, ridge)
+    return least_squares(statistics, weights, ridge, bias=bias)
 
 
 def settle(

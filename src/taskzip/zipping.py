@@ -47,7 +47,7 @@ def zip_tasks(
     batch_norm: Norms = "private",
     layers: Layers | None = None,
     damping: float = 1e-2,
-    ridge: float = 0.1,
+    ridge: float | None = None,
     max_rows: MaxRows = "auto",
     retrain: int | Mapping[str, int] | Retraining | None = None,
     progress: bool = True,
@@ -155,7 +155,8 @@ def _zip(tasks: Sequence[Task], settings: Settings, progress: bool) -> tuple[Zip
 
 def _zip_layers(tasks: Sequence[Task], settings: Settings, progress: bool) -> tuple[ZippedModel, list[Curve]]:
     """Algorithm 1: layer by layer, each from inputs computed by the networks as zipped so far."""
-    members = [Member(task, settings.seed, fold_batch_norm=settings.batch_norm == "fold") for task in tasks]
+    folded, relative = settings.batch_norm == "fold", settings.relative
+    members = [Member(task, settings.seed, fold_batch_norm=folded, equal_spreads=relative) for task in tasks]
     layers = correspond([task.name for task in tasks], [m.structure.layers for m in members], settings.layers)
     _check_names("share", settings.plan.named(), layers)
     _check_names("retrain", settings.retraining.named(), layers)

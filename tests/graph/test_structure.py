@@ -10,7 +10,7 @@ import torch
 from graph.orders import Net, call
 from torch import Tensor, nn
 
-from taskzip.graph import Layer, Space, Structure, analyse
+from taskzip.graph import Layer, Scales, Space, Structure, analyse
 
 
 def linear(name: str, **options: object) -> Layer:
@@ -27,7 +27,7 @@ def test_positions_of_units() -> None:
 
 
 def test_the_space_of_each_column() -> None:
-    structure = Structure((), (Space(np.array([7, 3])), Space(np.array([4, 5]))), {})
+    structure = Structure((), (Space(np.array([7, 3])), Space(np.array([4, 5]))), {}, Scales((), {}, ()))
     assert structure.space_of(np.array([3, 5, 9, 7, 4])).tolist() == [0, 1, -1, 0, 1]
 
 
@@ -68,7 +68,7 @@ def test_two_orders_one_after_the_other() -> None:
 
 
 def test_a_layer_by_name() -> None:
-    structure = Structure((linear("a"), linear("b")), (), {})
+    structure = Structure((linear("a"), linear("b")), (), {}, Scales((), {}, ()))
     assert structure.layer("b") is structure.layers[1]
     with pytest.raises(StopIteration):
         structure.layer("c")
@@ -87,7 +87,7 @@ def test_a_layer_by_name() -> None:
 )
 def test_how_a_layer_can_be_shared(rows: list[int], spaces: tuple[int, ...], said: str) -> None:
     layer = linear("a", rows=np.array(rows), units=len(rows), spaces=spaces)
-    structure = Structure((layer,), (Space(np.array([10, 11, 12])), Space(np.array([20, 21]))), {})
+    structure = Structure((layer,), (Space(np.array([10, 11, 12])), Space(np.array([20, 21]))), {}, Scales((), {}, ()))
     assert structure.sharing(layer) == said
     assert structure.sharing(linear("b", pinned="a single unit")) == "a single unit"
 
@@ -95,7 +95,7 @@ def test_how_a_layer_can_be_shared(rows: list[int], spaces: tuple[int, ...], sai
 def test_the_rows_of_each_unit() -> None:
     """In the order in which the units lie in their space at present, the rows of each ascending."""
     layer = linear("a", rows=np.array([21, 11, 20, 10, 11, 10, 99]), units=7, spaces=(1, 0))
-    structure = Structure((layer,), (Space(np.array([10, 11])), Space(np.array([20, 21]))), {})
+    structure = Structure((layer,), (Space(np.array([10, 11])), Space(np.array([20, 21]))), {}, Scales((), {}, ()))
     parts = structure.parts(layer)
     assert list(parts) == [1, 0]
     assert parts[0].tolist() == [[3, 5], [1, 4]]
@@ -140,7 +140,7 @@ def test_long_names_and_reasons_are_folded() -> None:
         linear("x", columns=np.arange(60), spaces=(2,), rows=np.array([6, 7]), units=2),
     ]
     spaces = tuple(Space(np.array([3 * i, 3 * i + 1])) for i in range(20))
-    printed = str(Structure(tuple(layers), spaces, {}))
+    printed = str(Structure(tuple(layers), spaces, {}, Scales((), {}, ())))
     lines = printed.splitlines()
     assert max(map(len, lines)) <= 100
     assert all(line == line.rstrip() and line for line in lines)
@@ -150,7 +150,7 @@ def test_long_names_and_reasons_are_folded() -> None:
 
 
 def test_a_network_without_layers_prints_the_head() -> None:
-    assert str(Structure((), (), {})) == "layer  kind  units  reads  space  shareable"
+    assert str(Structure((), (), {}, Scales((), {}, ()))) == "layer  kind  units  reads  space  shareable"
 
 
 # --- speed --------------------------------------------------------------------------------------------------------

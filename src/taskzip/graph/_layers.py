@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from torch.fx import Node
 
 from taskzip.graph._nodes import arguments, op_name
+from taskzip.graph._scales import powers
 from taskzip.graph._units import PINNED, Ids
 from taskzip.graph._values import Call, Context, shape_of
-from taskzip.graph.structure import BatchNormNames, Layer, Space, Structure
+from taskzip.graph.structure import BatchNormNames, Layer, Scales, Space, Structure
 
 
 class Reading:
@@ -25,6 +26,7 @@ class Reading:
     def __init__(self, c: Context, parameters: set[str]) -> None:
         self._c = c
         self._parameters = parameters
+        self._powers, self._norms = powers(c)
         self._units = c.units.settle()
         self._axes = {
             name: tuple(None if ids is None else self._units.roots(ids) for ids in axes)
@@ -43,7 +45,7 @@ class Reading:
         """The layers, the spaces, and the axes on which these lie."""
         spaces, space_of = self._spaces()
         layers = [self._layer(weight, space_of) for weight in self._uses]
-        return Structure(tuple(layers), spaces, self._axes)
+        return Structure(tuple(layers), spaces, self._axes, self._scales(spaces))
 
     def _spaces(self) -> tuple[tuple[Space, ...], dict[int, int]]:
         """The classes of more than one unit that can move, numbered in the order of the layers that compute them."""
@@ -58,6 +60,11 @@ class Reading:
                     space_of[int(kind)] = len(spaces)
                     spaces.append(Space(units[kinds == kind]))
         return tuple(spaces), space_of
+
+    def _scales(self, spaces: Sequence[Space]) -> Scales:
+        rigid = np.concatenate([np.empty(0, np.int64), *map(self._units.roots, self._c.rigid)])
+        free = tuple(not np.isin(space.units, rigid).any() for space in spaces)
+        return Scales(free, self._powers, tuple(self._norms))
 
     def _layer(self, weight: str, space_of: dict[int, int]) -> Layer:
         uses = self._uses[weight]
@@ -122,7 +129,7 @@ class Reading:
             return None
         if any(name in self._parameters or len(self._readers[name]) > 1 for name in (mean, variance)):
             return None
-        return BatchNormNames(mean, variance, float(a["eps"]))
+        return BatchNormNames(mean, variance, float(a["eps"]), self._c.names.get(a["weight"]))
 
     def _parameter(self, node: Any) -> str | None:
         name = self._c.names.get(node)

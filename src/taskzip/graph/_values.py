@@ -65,6 +65,7 @@ class Context:
         norms: every batch-norm, by the node that it reads.
         names: the name of each tensor of the network, by its node.
         constants: the tensors that are written into the graph, by their nodes.
+        rigid: the units whose scale may not change (`_scales`).
     """
 
     def __init__(self) -> None:
@@ -75,6 +76,7 @@ class Context:
         self.norms: dict[Node, Node] = {}
         self.names: dict[Node, str] = {}
         self.constants: dict[Node, Tensor] = {}
+        self.rigid: list[Ids] = []
 
     def add_parameter(self, node: Node, name: str) -> None:
         """A tensor of the network that may be re-ordered: new units along every axis; tied weights are one tensor."""
@@ -122,6 +124,10 @@ class Context:
                     out[i] = self.unify(out[i], ids, reason) if seen[i] else ids
                     seen[i] = True
         return tuple(out)
+
+    def make_rigid(self, axes: Strands) -> None:
+        """The scale of the units along these axes may not change."""
+        self.rigid += [axis.grid.ravel() if isinstance(axis, Strand) else axis for axis in axes if axis is not None]
 
     def pin(self, axes: Strands, reason: str) -> None:
         """Nothing along these axes moves."""

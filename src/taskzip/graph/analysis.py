@@ -16,6 +16,7 @@ from taskzip.errors import GraphError, first_line, place_in_code
 from taskzip.graph._layers import Reading
 from taskzip.graph._nodes import none_of
 from taskzip.graph._rules import apply_rule
+from taskzip.graph._scales import note_scale
 from taskzip.graph._values import Context, Strands, Value, flat
 from taskzip.graph.structure import OUTPUT, Structure
 
@@ -95,6 +96,7 @@ def _read(program: Any, names: dict[str, str]) -> Context:
             axes = apply_rule(c, node)
             raw = all(v.raw for n in node.all_input_nodes for v in flat(c.values[n]))
             c.values[node] = _value(axes, raw and len(c.calls) == calls)
+            note_scale(c, node)
         elif node.op == "output":
             for result in node.all_input_nodes:
                 c.pin_value(result, OUTPUT)

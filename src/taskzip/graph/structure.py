@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from taskzip.graph._scales import Norm, Powers
 from taskzip.graph._units import Ids
 
 _WIDTH = 100  # columns of the printed table
@@ -27,11 +28,12 @@ OUTPUT = "an output of the network"
 
 @dataclass(frozen=True)
 class BatchNormNames:
-    """The tensors of a batch-norm that directly follows a layer, and its epsilon."""
+    """The tensors of a batch-norm that directly follows a layer, and its epsilon; some have no weight."""
 
     mean: str
     variance: str
     eps: float
+    weight: str | None = None
 
 
 @dataclass(frozen=True)
@@ -96,16 +98,33 @@ class Space:
 
 
 @dataclass(frozen=True)
+class Scales:
+    """Which units may be made larger or smaller, and what that does to the tensors of the network.
+
+    Attributes:
+        free: per space, whether its units may.
+        powers: per parameter or buffer, per axis, by which power of its units' scales it is multiplied.
+        norms: the batch-norms behind which units may.
+    """
+
+    free: tuple[bool, ...]
+    powers: Powers
+    norms: tuple[Norm, ...]
+
+
+@dataclass(frozen=True)
 class Structure:
     """The layers of a network in the order in which they run, its spaces, and the axes of its tensors.
 
     Attributes:
         axes: per parameter or buffer, per axis, the unit of each index or None.
+        scales: which units may be made larger or smaller.
     """
 
     layers: tuple[Layer, ...]
     spaces: tuple[Space, ...]
     axes: dict[str, tuple[Ids | None, ...]] = field(repr=False)
+    scales: Scales = field(repr=False)
 
     def layer(self, name: str) -> Layer:
         """The layer of that name."""
@@ -130,6 +149,23 @@ class Structure:
                     index = np.arange(len(ids))
                     index[positions.ravel()] = positions[np.asarray(order)].ravel()
                     _permute(tensors[name], dim, index)
+
+    def rescale(self, model: nn.Module, space: int, scale: np.ndarray) -> None:
+        """Make the units of a space larger, unit k of it `scale[k]` > 0 times; `model` computes what it did.
+
+        The space must be one whose scales are free.
+        """
+        tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+        variances = {norm: tensors[norm.variance].double().clone() for norm in self.scales.norms}
+        for name, powers in self.scales.powers.items():
+            for dim, (ids, power) in enumerate(zip(self.axes[name], powers, strict=True)):
+                if ids is not None and power and (positions := self.spaces[space].positions(ids)).size:
+                    factor = np.ones(len(ids))
+                    factor[positions] = scale[:, None] ** power
+                    _multiply(tensors[name], dim, factor)
+        for norm, before in variances.items():  # a batch-norm divides by the root of the variance and epsilon
+            grown = (tensors[norm.variance].double() + norm.eps) / (before + norm.eps)
+            _multiply(tensors[norm.weight], 0, grown.sqrt().cpu().numpy())
 
     def parts(self, layer: Layer) -> dict[int, np.ndarray]:
         """The rows of a layer by the space in which they lie: [units, rows of each unit]."""
@@ -161,6 +197,11 @@ class Structure:
 
 def _permute(tensor: Tensor, dim: int, index: np.ndarray) -> None:
     tensor.data = tensor.data.index_select(dim, torch.from_numpy(index).to(tensor.device))
+
+
+def _multiply(tensor: Tensor, dim: int, factor: np.ndarray) -> None:
+    shape = [-1 if i == dim else 1 for i in range(tensor.dim())]
+    tensor.data = (tensor.data.double() * torch.from_numpy(factor).to(tensor.device).reshape(shape)).to(tensor.dtype)
 
 
 def _reads(structure: Structure, layer: Layer) -> str:

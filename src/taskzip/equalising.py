@@ -1,0 +1,90 @@
+"""Units brought to sizes that compare, where the network computes the same with any.
+
+ReLU, pooling, sums and convolutions commute with positive scaling, so that how large activations are between them is an
+accident of training: units f times as large, read with 1/f of the weights, are the same network. Curvatures, differences
+and ridges are not the same; units that happen to be large would rule the merged weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from torch import nn
+
+from taskzip.curvature import Moments
+from taskzip.graph import Layer, Structure
+
+_LEAST = 1e-3
+"""Units are scaled by no less than this, relative to the root mean square over their space."""
+
+
+def equalise(network: nn.Module, structure: Structure, moments: Mapping[str, Moments]) -> bool:
+    """Scale every unit whose scale is free, in place; whether there was any.
+
+    A unit becomes as large as it matters: its spread is what it gives to the layers that read it, relative to the
+    spread of these, and the mean of its square is 1 over the units of a space.
+
+    Args:
+        network: computes the same afterwards.
+        structure: of the network.
+        moments: per layer, mean and variance of its answers.
+    """
+    sizes = _Sizes(network, structure, moments)
+    scales: dict[int, np.ndarray] = {}
+    for space in reversed(range(len(structure.spaces))):
+        if structure.scales.free[space] and (variance := sizes.variance(space)).any():
+            scale = np.sqrt(sizes.read(space, scales))
+            scale = np.maximum(scale, _LEAST * np.sqrt(np.mean(scale**2))) if scale.any() else np.ones_like(scale)
+            scales[space] = scale / np.sqrt(np.mean(variance * scale**2))
+    for space, scale in scales.items():
+        structure.rescale(network, space, scale)
+    return bool(scales)
+
+
+class _Sizes:
+    """How large units are, and with which weights they are read; behind batch-norm, where that follows a layer."""
+
+    def __init__(self, network: nn.Module, structure: Structure, moments: Mapping[str, Moments]) -> None:
+        self._structure = structure
+        self._tensors = dict(network.named_parameters()) | dict(network.named_buffers())
+        self._gain = {layer.name: self._gain_of(layer) for layer in structure.layers}
+        self._variance = {
+            layer.name: moments[layer.name][1].double().cpu().numpy() * self._gain[layer.name] ** 2
+            for layer in structure.layers
+        }
+
+    def variance(self, space: int) -> np.ndarray:
+        """Of each unit, summed over the layers that write it (a residual stream has several)."""
+        total = np.zeros(len(self._structure.spaces[space].units))
+        for layer in self._structure.layers:
+            if space in layer.spaces:
+                total += self._variance[layer.name][self._structure.parts(layer)[space]].mean(1)
+        return total
+
+    def read(self, space: int, scales: Mapping[int, np.ndarray]) -> np.ndarray:
+        """The squared weights with which each unit is read, relative to the variance of what reads it."""
+        total = np.zeros(len(self._structure.spaces[space].units))
+        for layer in self._structure.layers:
+            if layer.columns is None or len(layer.columns) != layer.inputs:  # a grouped convolution reads its own units
+                continue
+            places = self._structure.spaces[space].positions(layer.columns)
+            size = np.ones(layer.units)
+            for other, rows in self._structure.parts(layer).items():
+                size[rows] = scales[other][:, None] if other in scales else 1
+            spread = float((self._variance[layer.name] * size**2).sum())
+            if places.size and spread:
+                weight = self._number(layer.weight).reshape(layer.units, layer.inputs, -1)
+                weight = weight * (self._gain[layer.name] * size)[:, None, None]
+                total += (weight**2).sum((0, 2))[places].sum(1) / spread
+        return total
+
+    def _gain_of(self, layer: Layer) -> np.ndarray | float:
+        norm = layer.batch_norm
+        if norm is None:
+            return 1.0
+        gain = 1.0 if norm.weight is None else np.abs(self._number(norm.weight))
+        return gain / np.sqrt(self._number(norm.variance) + norm.eps)
+
+    def _number(self, name: str) -> np.ndarray:
+        return self._tensors[name].detach().double().cpu().numpy()

@@ -1,0 +1,59 @@
+"""How far compensation holds on to the present weights: chosen by rows of the calibration data that are held out.
+
+A ridge that is too strong pulls towards weights that were made for other inputs; one that is too weak fits noise, and
+makes large weights that cancel each other and retrain badly. Of ridges that serve the held-out rows about equally well
+the strongest is taken.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from taskzip.curvature import LayerStatistics
+from taskzip.factored import quadratic, restricted
+from taskzip.recalibration import least_squares
+
+RIDGES = (1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5)
+"""What is tried, strongest first."""
+
+DEFAULT = 0.1
+"""Where there are too few samples to hold any out."""
+
+_EQUAL = 0.02
+"""Errors that differ by less than this part of the smallest are about equal."""
+
+_UNITS = 64
+"""So many units of a layer are asked, spread evenly over it."""
+
+
+def choose_ridge(statistics: LayerStatistics, weights: Float[Tensor, "units d1"], *, bias: bool) -> float:
+    """The ridge for `least_squares` over all rows of `statistics`, some of which were held out.
+
+    Solved without these rows, units must come closest to the original network's pre-activations on them, relative to
+    the spread of each unit there.
+    """
+    if statistics.parts is None:
+        return DEFAULT
+    fit, held = (each.of_units(_some(len(weights))) for each in statistics.parts)
+    present = weights[_some(len(weights))]
+    errors: list[float] = []
+    for ridge in RIDGES:
+        errors.append(float(relative_errors(held, least_squares(fit, present, ridge, bias=bias)).mean()))
+        if errors[-1] > (1 + _EQUAL) * min(errors):
+            break  # weaker ones fit more noise still
+    return next(ridge for ridge, error in zip(RIDGES, errors, strict=False) if error <= (1 + _EQUAL) * min(errors))
+
+
+def relative_errors(statistics: LayerStatistics, weights: Float[Tensor, "units d1"]) -> Float[Tensor, " units"]:
+    """Mean squared distance of what units answer with these weights from what they should, over their variance."""
+    size, variance = statistics.square / statistics.rows, statistics.answer_moments()[1]
+    answered = quadratic(restricted(statistics.curvature, slice(None)), weights)
+    apart = (answered - 2 * (weights * statistics.cross.mT).sum(1)) / statistics.rows + size
+    tiny = 1e-12 * size + torch.finfo(size.dtype).tiny
+    return apart.clamp_min(0) / variance.clamp_min(tiny)
+
+
+def _some(units: int) -> Tensor:
+    return torch.arange(units)[:: max(1, units // _UNITS)][:_UNITS]
