@@ -31,15 +31,21 @@ def equalise(network: nn.Module, structure: Structure, moments: Mapping[str, Mom
         moments: per layer, mean and variance of its answers.
     """
     sizes = _Sizes(network, structure, moments)
-    scales: dict[int, np.ndarray] = {}
-    for space in reversed(range(len(structure.spaces))):
-        if structure.scales.free[space] and (variance := sizes.variance(space)).any():
-            scale = np.sqrt(sizes.read(space, scales))
-            scale = np.maximum(scale, _LEAST * np.sqrt(np.mean(scale**2))) if scale.any() else np.ones_like(scale)
-            scales[space] = scale / np.sqrt(np.mean(variance * scale**2))
+    variances = {space: sizes.variance(space) for space, free in enumerate(structure.scales.free) if free}
+    variances = {space: variance for space, variance in variances.items() if variance.any()}
+    # A stream is read by layers that are read by the stream: these count as if its units had equal spreads.
+    scales = {space: _floored(variance) ** -0.5 for space, variance in variances.items()}
+    for space in sorted(variances, reverse=True):
+        read = sizes.read(space, scales)
+        scale = _floored(read) ** 0.5 if read.any() else np.ones_like(read)
+        scales[space] = scale / np.sqrt(np.mean(variances[space] * scale**2))
     for space, scale in scales.items():
         structure.rescale(network, space, scale)
     return bool(scales)
+
+
+def _floored(squares: np.ndarray) -> np.ndarray:
+    return np.maximum(squares, _LEAST**2 * squares.mean())
 
 
 class _Sizes:

@@ -47,7 +47,9 @@ def inspect(model: nn.Module, example_input: Any) -> Inspection:
     """
     with evaluating(model):
         found = analyse(model, example_input, call)
-    return Inspection(found.layers, found.spaces, found.axes, found.scales, _flops(model, example_input), bytes_together(model))
+    return Inspection(
+        found.layers, found.spaces, found.axes, found.scales, _flops(model, example_input), bytes_together(model)
+    )
 
 
 def _flops(model: nn.Module, example_input: Any) -> int:
