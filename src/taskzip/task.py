@@ -73,7 +73,7 @@ class Task:
 
     def run(self, model: nn.Module, batch: Batch) -> Any:
         """Call `model` on a batch the way this task is called."""
-        return (self.forward or call)(model, batch)
+        return call(model, batch, self.forward)
 
     def targets(self, batch: Batch) -> Any:
         """The targets of a batch, or None where it has none."""
@@ -86,8 +86,7 @@ class Task:
         device = device_of(self.model)
         for batch in self.data:
             if samples_in(batch):
-                plain = dict(batch) if isinstance(batch, Mapping) else batch
-                yield pytree.tree_map_only(Tensor, lambda t: t.to(device), plain)
+                yield pytree.tree_map_only(Tensor, lambda t: t.to(device), plain(batch))
 
     def check_data(self) -> int:
         """Read the data once and return the number of samples.
@@ -114,12 +113,26 @@ class Task:
         return samples
 
 
-def call(model: nn.Module, batch: Batch) -> Any:
-    """Call a network on a batch: a tensor, `(inputs, targets)` or a dict."""
-    if isinstance(batch, Mapping):
+def call(model: nn.Module, batch: Batch, forward: Callable[[nn.Module, Batch], Any] | None = None) -> Any:
+    """Call a network on a copy of a batch, for some write into their input: a tensor, `(inputs, targets)` or a dict.
+
+    Args:
+        model: the network.
+        batch: what it reads; it is not changed.
+        forward: `forward(model, batch)` if the network is called in another way.
+    """
+    batch = pytree.tree_map_only(Tensor, torch.clone, plain(batch))
+    if forward is not None:
+        return forward(model, batch)
+    if isinstance(batch, dict):
         return model(**batch)
     inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
     return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
+def plain(batch: Batch) -> Batch:
+    """A batch that torch can look into: a dict for any other mapping."""
+    return dict(batch) if isinstance(batch, Mapping) else batch
 
 
 def samples_in(batch: Batch) -> int:
