@@ -148,7 +148,7 @@ def test_any_mapping_is_a_dict() -> None:
     mine = Task("digits", Echo(), [UserDict(x=X)])
     assert mine.check_data() == 6
     (batch,) = mine.batches()
-    assert mine.run(Echo(), batch)[1]["x"] is X
+    assert torch.equal(mine.run(Echo(), batch)[1]["x"], X)
 
 
 def test_device_of_a_model() -> None:

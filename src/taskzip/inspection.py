@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from taskzip.copying import check_kind, uncompiled
 from taskzip.errors import InputError
 from taskzip.flops import flops_per_sample
 from taskzip.graph import Structure, analyse
@@ -45,6 +46,8 @@ def inspect(model: nn.Module, example_input: Any) -> Inspection:
         GraphError: torch.export cannot follow the network.
         InputError: the network fails on the example.
     """
+    check_kind(model, "")
+    model = uncompiled(model)
     with evaluating(model):
         found = analyse(model, example_input, call)
     return Inspection(found.layers, found.spaces, found.axes, _flops(model, example_input), bytes_together(model))

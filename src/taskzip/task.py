@@ -102,7 +102,7 @@ class Task:
                     f"task {self.name!r}: batch {index} is a {type(batch).__name__} without a tensor of samples."
                 )
             samples += len(tensors[0])
-            if any(t.is_floating_point() and not torch.isfinite(t).all() for t in tensors):
+            if any(has_numbers(t) and not torch.isfinite(t).all() for t in tensors):
                 raise InputError(
                     f"task {self.name!r}: batch {index} of the calibration data has NaN or infinite values."
                 )
@@ -144,6 +144,11 @@ def input_tensors(batch: Batch) -> list[Tensor]:
     """The tensors that go into the network, in order."""
     inputs = dict(batch) if isinstance(batch, Mapping) else batch[:1] if isinstance(batch, (tuple, list)) else batch
     return [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+
+
+def has_numbers(tensor: Tensor) -> bool:
+    """Whether a tensor holds floating-point numbers, real or complex."""
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from rich.console import Console
 from rich.progress import Progress
 
+from taskzip.copying import check_kind
 from taskzip.correspondence import JointLayers, Layers, correspond
 from taskzip.curves import Curve
 from taskzip.errors import InputError
@@ -23,7 +24,7 @@ from taskzip.retraining import Retraining
 from taskzip.search import search
 from taskzip.settings import Compensation, Norms, Residual, Settings, read_settings
 from taskzip.sparsity import Connections
-from taskzip.task import Task
+from taskzip.task import Task, has_numbers
 from taskzip.zipped import ZippedModel
 from taskzip.zipper import Zipper, layer_name
 
@@ -192,8 +193,10 @@ def _checked(tasks: Sequence[Task]) -> Sequence[Task]:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise InputError(f"two tasks are called {twice!r}: give each its own name.")
-    for what, of in (("dtype", lambda p: p.dtype), ("device", lambda p: p.device)):
-        found = [{of(p) for p in task.model.parameters() if p.is_floating_point()} for task in tasks]
+    for task in tasks:
+        check_kind(task.model, f"task {task.name!r}: ")
+    for what, of in (("dtype", lambda p: p.dtype.to_real()), ("device", lambda p: p.device)):
+        found = [{of(p) for p in task.model.parameters() if has_numbers(p)} for task in tasks]
         if any(each != found[0] for each in found) or len(found[0]) != 1:
             listed = "; ".join(
                 f"{n!r} has {', '.join(sorted(map(str, f))) or 'no parameters'}"

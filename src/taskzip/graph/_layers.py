@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,7 +64,7 @@ class Reading:
         first = uses[0]
         units, inputs, *kernel = shape_of(first.weight)
         columns = None if first.reads is None else self._units.roots(first.reads)
-        entangled = self._entangled(weight)
+        entangled = self._entangled(weight) or self._complex(uses)
         pinned = entangled or self._pinned(weight, space_of)
         return Layer(
             name=weight.removesuffix(".weight"),
@@ -97,6 +97,11 @@ class Reading:
                 if not any(reader is call.node for call in uses):
                     return f"its {'weight' if name == weight else 'bias'} is also read by {self._describe(reader)}"
         return ""
+
+    def _complex(self, uses: Sequence[Call]) -> str:
+        """Curvatures and least squares are of real numbers."""
+        nodes = [node for call in uses for node in (call.node, *call.node.all_input_nodes)]
+        return "complex numbers" if any(node.meta["val"].is_complex() for node in nodes) else ""
 
     def _pinned(self, weight: str, space_of: Mapping[int, int]) -> str:
         """Why none of the units of a layer can be paired with another network's, or ""."""

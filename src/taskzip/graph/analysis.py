@@ -5,6 +5,7 @@ Nothing of the network is rewritten: the graph is for understanding only, execut
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from taskzip.copying import borrowing
 from taskzip.errors import GraphError, first_line, place_in_code
 from taskzip.graph._layers import Reading
 from taskzip.graph._nodes import none_of
@@ -51,9 +53,11 @@ def analyse(model: nn.Module, batch: Any, forward: Forward) -> Structure:
 
 
 def _exported(model: nn.Module, batch: Any, forward: Forward) -> Any:
+    """What torch.export makes of a copy of the network, in which features that it keeps may be left as fakes."""
     try:
-        with torch.no_grad():
-            return torch.export.export(_Called(model, forward), (batch,), strict=False)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The tensor attributes? .* assigned during export", UserWarning)
+            return torch.export.export(_Called(borrowing(model), forward), (batch,), strict=False)
     except Exception as error:  # torch.export raises whatever the network raises, and a dozen classes of its own
         raise GraphError(
             f"{type(model).__name__} cannot be followed by torch.export on a batch of {_shapes(batch)}: "
