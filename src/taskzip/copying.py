@@ -52,7 +52,7 @@ def uncompiled(network: nn.Module) -> nn.Module:
     for module in plain.modules():
         for name, function in list(vars(module).items()):
             if hasattr(function, _COMPILED):
-                setattr(module, name, _bound(getattr(function, _COMPILED), memo))
+                _put_back(module, name, getattr(function, _COMPILED), memo)
     return plain
 
 
@@ -63,11 +63,16 @@ def _compiled(network: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
-def _bound(function: Any, memo: dict[int, Any]) -> Any:
-    """A method of a copied module belongs to its copy."""
-    if isinstance(function, MethodType):
-        return MethodType(function.__func__, memo.get(id(function.__self__), function.__self__))
-    return function
+def _put_back(module: nn.Module, name: str, function: Any, memo: dict[int, Any]) -> None:
+    """What was compiled takes the place of what torch made of it; a method of a copied module belongs to the copy."""
+    while getattr(function, "__globals__", {}).get("__name__", "").startswith("torch._dynamo"):
+        function = function.__wrapped__  # forwards of torch's own modules have two wrappers
+    if getattr(type(module), name, None) is getattr(function, "__func__", function):
+        delattr(module, name)
+    elif isinstance(function, MethodType):
+        setattr(module, name, MethodType(function.__func__, memo.get(id(function.__self__), function.__self__)))
+    else:
+        setattr(module, name, function)
 
 
 def _tensors(network: nn.Module) -> dict[int, Any]:
