@@ -27,8 +27,8 @@ class Inspection(Structure):
         bytes: of parameters and buffers.
     """
 
-    flops: int
-    bytes: int
+    flops: int = 0
+    bytes: int = 0
 
     def __str__(self) -> str:
         return f"{super().__str__()}\n{self.flops:,} FLOPs per sample (a multiply-add is 2), {self.bytes:,} bytes"
@@ -50,7 +50,9 @@ def inspect(model: nn.Module, example_input: Any) -> Inspection:
     model = uncompiled(model)
     with evaluating(model):
         found = analyse(model, example_input, call)
-    return Inspection(found.layers, found.spaces, found.axes, _flops(model, example_input), bytes_together(model))
+    return Inspection(
+        found.layers, found.spaces, found.axes, found.unreached, _flops(model, example_input), bytes_together(model)
+    )
 
 
 def _flops(model: nn.Module, example_input: Any) -> int:

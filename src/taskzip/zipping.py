@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from rich.progress import Progress
 from taskzip.copying import check_kind
 from taskzip.correspondence import JointLayers, Layers, correspond
 from taskzip.curves import Curve
-from taskzip.errors import InputError
+from taskzip.errors import InputError, TaskzipWarning
 from taskzip.flops import record_flops
 from taskzip.matching import Matching
 from taskzip.members import Member
@@ -145,6 +146,9 @@ def zip_tasks(
         zipped = search(wanted, tasks, zip_with, seed=settings.seed, progress=progress)
     with seeded(settings.seed):
         record_flops(zipped, tasks)
+    for name, said in zipped.history.settings.get("unreached", {}).items():
+        if said:
+            warnings.warn(f"task {name!r}: {said}", TaskzipWarning, stacklevel=2)
     return zipped
 
 
@@ -167,6 +171,8 @@ def _zip_layers(tasks: Sequence[Task], settings: Settings, progress: bool) -> tu
         "folded": {m.task.name: m.folded for m in members},
         "connections": {m.task.name: m.connections() for m in members},
     }
+    if any(m.structure.unreached for m in members):
+        zipped.history.settings["unreached"] = {m.task.name: m.structure.unreached_in_words() for m in members}
     with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
         todo = bar.add_task("putting residual streams into order", total=len(layers))
         zipper = Zipper(members, layers, settings)

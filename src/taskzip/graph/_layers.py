@@ -39,11 +39,15 @@ class Reading:
         for node, name in c.names.items():
             self._readers.setdefault(name, []).extend(node.users)
 
-    def structure(self) -> Structure:
-        """The layers, the spaces, and the axes on which these lie."""
+    def structure(self, unreached: Sequence[str] = ()) -> Structure:
+        """The layers, the spaces, and the axes on which these lie.
+
+        Args:
+            unreached: the parameters that no call reached.
+        """
         spaces, space_of = self._spaces()
         layers = [self._layer(weight, space_of) for weight in self._uses]
-        return Structure(tuple(layers), spaces, self._axes)
+        return Structure(tuple(layers), spaces, self._axes, tuple(unreached))
 
     def _spaces(self) -> tuple[tuple[Space, ...], dict[int, int]]:
         """The classes of more than one unit that can move, numbered in the order of the layers that compute them."""
