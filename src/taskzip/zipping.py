@@ -146,9 +146,7 @@ def zip_tasks(
         zipped = search(wanted, tasks, zip_with, seed=settings.seed, progress=progress)
     with seeded(settings.seed):
         record_flops(zipped, tasks)
-    for name, said in zipped.history.settings.get("unreached", {}).items():
-        if said:
-            warnings.warn(f"task {name!r}: {said}", TaskzipWarning, stacklevel=2)
+    _warn(zipped, share)
     return zipped
 
 
@@ -161,6 +159,7 @@ def _zip(tasks: Sequence[Task], settings: Settings, progress: bool) -> tuple[Zip
 def _zip_layers(tasks: Sequence[Task], settings: Settings, progress: bool) -> tuple[ZippedModel, list[Curve]]:
     """Algorithm 1: layer by layer, each from inputs computed by the networks as zipped so far."""
     members = [Member(task, settings.seed, fold_batch_norm=settings.batch_norm == "fold") for task in tasks]
+    _check_layers(members)
     layers = correspond([task.name for task in tasks], [m.structure.layers for m in members], settings.layers)
     _check_names("share", settings.plan.named(), layers)
     _check_names("retrain", settings.retraining.named(), layers)
@@ -210,6 +209,28 @@ def _checked(tasks: Sequence[Task]) -> Sequence[Task]:
             )
             raise InputError(f"all parameters must have one {what}: {listed}. Convert the models with .to(...) first.")
     return tasks
+
+
+def _check_layers(members: Sequence[Member]) -> None:
+    """Whether there is anything to zip, or else what there is instead."""
+    if any(m.structure.layers for m in members):
+        return
+    said = {rest.said.removeprefix("private: "): rest.name for m in members for rest in reversed(m.structure.rest)}
+    if said:
+        reasons = "; ".join(f"{name} ({why})" for why, name in said.items())
+        raise InputError(f"no linear layer or convolution of the networks can be zipped: {reasons}.")
+
+
+def _warn(zipped: ZippedModel, share: object) -> None:
+    """Say what is likely not what was wanted: parts that no call reached, and all shared of nothing."""
+    for name, said in zipped.history.settings.get("unreached", {}).items():
+        if said:
+            warnings.warn(f"task {name!r}: {said}", TaskzipWarning, stacklevel=3)
+    layers = zipped.history.layers
+    if isinstance(share, float) and share == 1.0 and not any(layer.shared for layer in layers):
+        private = [f"{layer.name} ({layer.note})" for layer in layers if layer.note]
+        reasons = "; ".join(private) or "all layers are output layers"
+        warnings.warn(f"nothing could be shared: {reasons}. `taskzip.inspect` says more.", TaskzipWarning, stacklevel=3)
 
 
 def _check_names(argument: str, named: Iterable[str], layers: Sequence[JointLayers]) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from torch.fx import Node
 
 from taskzip.graph._nodes import arguments, op_name
+from taskzip.graph._rest import Uses, words
 from taskzip.graph._units import PINNED, Ids
 from taskzip.graph._values import Call, Context, shape_of
-from taskzip.graph.structure import BatchNormNames, Layer, Space, Structure
+from taskzip.graph.structure import BatchNormNames, Layer, Rest, Space, Structure
 
 
 class Reading:
@@ -19,10 +20,10 @@ class Reading:
 
     Args:
         c: what was collected on the way.
-        parameters: the names of the network's parameters; only these can be a layer's weight and bias.
+        parameters: the shapes of the network's parameters; only these can be a layer's weight and bias.
     """
 
-    def __init__(self, c: Context, parameters: set[str]) -> None:
+    def __init__(self, c: Context, parameters: Mapping[str, tuple[int, ...]]) -> None:
         self._c = c
         self._parameters = parameters
         self._units = c.units.settle()
@@ -47,7 +48,20 @@ class Reading:
         """
         spaces, space_of = self._spaces()
         layers = [self._layer(weight, space_of) for weight in self._uses]
-        return Structure(tuple(layers), spaces, self._axes, tuple(unreached))
+        rest = self._rest({name for layer in layers for name in (layer.weight, layer.bias)}, space_of, unreached)
+        return Structure(tuple(layers), spaces, self._axes, tuple(unreached), tuple(rest))
+
+    def _rest(
+        self, told: Collection[str | None], space_of: Mapping[int, int], unreached: Sequence[str]
+    ) -> Iterator[Rest]:
+        """What there is to say of the parameters that are not told of as layers."""
+        uses = Uses(self._c)
+        for name, shape in self._parameters.items():
+            if name not in told:
+                ids = [axis for axis in self._axes.get(name, ()) if axis is not None]
+                kinds = {int(kind) for axis in ids for kind in self._units.classes(axis)}
+                spaces = sorted(space_of[kind] for kind in kinds if kind in space_of)
+                yield Rest(name, shape, words([] if name in unreached else spaces, uses.said(name, unreached)))
 
     def _spaces(self) -> tuple[tuple[Space, ...], dict[int, int]]:
         """The classes of more than one unit that can move, numbered in the order of the layers that compute them."""

@@ -41,6 +41,8 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 
 def keep_what_may_be_read(c: Context, model: nn.Module, unreached: Collection[str]) -> None:
     """Pin the units of the graph that a part of the network may read, or add to, which no call reaches."""
+    for name in unreached:
+        c.pin(c.parameters.get(name, ()), "no call reached it")
     widths: dict[int, str] = {}
     for part, names in _parts(model, unreached).items():
         for width in _open_ends(model, names):

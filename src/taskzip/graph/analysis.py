@@ -55,7 +55,8 @@ def analyse(model: nn.Module, batch: Any, forward: Forward) -> Structure:
     if unreached := [name for name in state_of(model) if name not in reached]:
         unreached = _followed_in_training(c, model, batch, forward, unreached)
         keep_what_may_be_read(c, model, unreached)
-    return Reading(c, {name for name, _ in model.named_parameters()}).structure(unreached)
+    parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return Reading(c, parameters).structure(unreached)
 
 
 def _followed_in_training(
