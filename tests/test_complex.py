@@ -16,13 +16,13 @@ class Spectral(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.before = nn.Linear(16, 16)
+        self.first, self.before = nn.Linear(16, 12), nn.Linear(12, 16)
         self.mix = nn.Linear(9, 12, dtype=torch.cfloat)
         self.after, self.out = nn.Linear(12, 10), nn.Linear(10, 3)
         self.register_buffer("turn", torch.polar(torch.ones(9), torch.rand(9)))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.fft.rfft(self.before(x).relu()) * self.turn
+        x = torch.fft.rfft(self.before(self.first(x).relu()).relu()) * self.turn
         return self.out(self.after(self.mix(x).abs()).relu())
 
 

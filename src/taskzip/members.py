@@ -91,7 +91,7 @@ class Member:
         except GraphError as error:
             raise GraphError(f"{error} That is with its batch-norms folded: zip with batch_norm='private'.") from error
         if not self._agrees((), (), batch, answers):
-            self._check_steady(batch, answers)
+            self._check_steady(batch)
             raise GraphError(
                 f"task {self.task.name!r}: with its batch-norms folded the network gives other outputs, so they do "
                 f"more than torch's own; zip with batch_norm='private'."
@@ -109,7 +109,7 @@ class Member:
         orders = [rng.permutation(len(space.units)) for space in self.structure.spaces]
         if self._agrees(orders, range(len(orders)), batch, answers):
             return
-        self._check_steady(batch, answers)
+        self._check_steady(batch)
         for space in range(len(orders)):
             if not self._agrees(orders, [space], batch, answers):
                 layer = next((x.name for x in self.structure.layers if space in x.spaces), "an unnamed layer")
@@ -121,11 +121,12 @@ class Member:
             f"task {self.task.name!r}: re-ordering hidden units changes the outputs; please report the network."
         )
 
-    def _check_steady(self, batch: Batch, answers: Any) -> None:
-        """Whether the caller's network gives the same outputs when it runs once more."""
-        with evaluating(self.original):
-            again = run_batch(self.task, self.original, batch, 0)
-        if not _same(answers, again):
+    def _check_steady(self, batch: Batch) -> None:
+        """Whether the caller's network gives the same outputs when it runs twice."""
+        network = copy_of(self.original)
+        with evaluating(network):
+            once, again = (run_batch(self.task, network, batch, 0) for _ in range(2))
+        if not _same(once, again):
             raise InputError(
                 f"task {self.task.name!r}: the network gives other outputs when it runs twice on one batch in eval "
                 f"mode: it draws random numbers (dropout that is always on, sampling) or keeps a state. Make it "
