@@ -83,5 +83,5 @@ def test_imaginary_parts_that_are_not_finite_are_refused() -> None:
     model = Spectral().eval()
     with torch.no_grad():
         model.mix.weight[0, 0] = complex(0.0, float("nan"))
-    with pytest.raises(tz.InputError, match="'mix.weight' has NaN or infinite values"):
+    with pytest.raises(tz.InputError, match=r"'mix\.weight' has NaN or infinite values"):
         tz.zip([tz.Task(name, model, [torch.randn(8, 16)]) for name in "ab"], share=1.0, progress=False)
