@@ -32,8 +32,8 @@ class Task:
         loss: `loss(output, targets)`, a mean over the batch; needed only to retrain with labels.
         metric: `metric(output, targets)` of a batch, higher is better: a number, or a tensor with one value per sample;
             read by `MaxDrop` only.
-        forward: `forward(model, batch)` if the network is called in another way than the forms of `data` say. Parts that
-            it does not call are not followed: hidden units that only other methods hand on may lie in another order.
+        forward: `forward(model, batch)` if the network is called in another way than the forms of `data` say. Parts
+            that it does not call are not followed: hidden units may lie in another order for other methods.
 
     Raises:
         InputError: a name or model that cannot be used, or data that can be read only once.
