@@ -50,3 +50,40 @@ def test_a_parameter_without_a_shape_is_refused() -> None:
     lazy = [tz.Task(name, nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2)), [torch.randn(5, 4)]) for name in "ab"]
     with pytest.raises(tz.InputError, match=r"no shape yet: run the network once|all parameters"):
         tz.zip(lazy, share=1.0, progress=False)
+
+
+class Sampled(nn.Module):
+    """Noise in the middle, in eval mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.out = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return self.out(h + torch.randn_like(h))
+
+
+class Dropped(Sampled):
+    """Dropout that is always on."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(nn.functional.dropout(self.first(x).relu(), 0.3))
+
+
+class Counting(Sampled):
+    """It adds up how often it was called."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.out(self.first(x).relu()) * self.calls
+
+
+@pytest.mark.parametrize("kind", [Sampled, Dropped, Counting])
+@pytest.mark.parametrize("norms", ["private", "fold"])
+def test_a_network_that_answers_anew_each_time_is_not_called_misread(kind: type[nn.Module], norms: Any) -> None:
+    tasks = [tz.Task(name, kind().eval(), [torch.randn(20, 4)]) for name in "ab"]
+    with pytest.raises(tz.InputError, match="task 'a': the network gives other outputs when it runs twice"):
+        tz.zip(tasks, share=0.5, batch_norm=norms, progress=False)

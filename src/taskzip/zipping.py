@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from rich.console import Console
 from rich.progress import Progress
 
+from taskzip.copying import check_kind
 from taskzip.correspondence import JointLayers, Layers, correspond
 from taskzip.curves import Curve
-from taskzip.errors import InputError
+from taskzip.errors import InputError, TaskzipWarning
 from taskzip.flops import record_flops
 from taskzip.matching import Matching
 from taskzip.members import Member
@@ -23,7 +25,7 @@ from taskzip.retraining import Retraining
 from taskzip.search import search
 from taskzip.settings import Compensation, Norms, Residual, Settings, read_settings
 from taskzip.sparsity import Connections
-from taskzip.task import Task
+from taskzip.task import Task, has_numbers
 from taskzip.zipped import ZippedModel
 from taskzip.zipper import Zipper, layer_name
 
@@ -144,6 +146,7 @@ def zip_tasks(
         zipped = search(wanted, tasks, zip_with, seed=settings.seed, progress=progress)
     with seeded(settings.seed):
         record_flops(zipped, tasks)
+    _warn(zipped, share)
     return zipped
 
 
@@ -157,6 +160,7 @@ def _zip_layers(tasks: Sequence[Task], settings: Settings, progress: bool) -> tu
     """Algorithm 1: layer by layer, each from inputs computed by the networks as zipped so far."""
     folded, relative = settings.batch_norm == "fold", settings.relative
     members = [Member(task, settings.seed, fold_batch_norm=folded, equal_spreads=relative) for task in tasks]
+    _check_layers(members)
     layers = correspond([task.name for task in tasks], [m.structure.layers for m in members], settings.layers)
     _check_names("share", settings.plan.named(), layers)
     _check_names("retrain", settings.retraining.named(), layers)
@@ -167,6 +171,8 @@ def _zip_layers(tasks: Sequence[Task], settings: Settings, progress: bool) -> tu
         "folded": {m.task.name: m.folded for m in members},
         "connections": {m.task.name: m.connections() for m in members},
     }
+    if any(m.structure.unreached for m in members):
+        zipped.history.settings["unreached"] = {m.task.name: m.structure.unreached_in_words() for m in members}
     with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
         todo = bar.add_task("putting residual streams into order", total=len(layers))
         zipper = Zipper(members, layers, settings)
@@ -193,8 +199,10 @@ def _checked(tasks: Sequence[Task]) -> Sequence[Task]:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise InputError(f"two tasks are called {twice!r}: give each its own name.")
-    for what, of in (("dtype", lambda p: p.dtype), ("device", lambda p: p.device)):
-        found = [{of(p) for p in task.model.parameters() if p.is_floating_point()} for task in tasks]
+    for task in tasks:
+        check_kind(task.model, f"task {task.name!r}: ")
+    for what, of in (("dtype", lambda p: p.dtype.to_real()), ("device", lambda p: p.device)):
+        found = [{of(p) for p in task.model.parameters() if has_numbers(p)} for task in tasks]
         if any(each != found[0] for each in found) or len(found[0]) != 1:
             listed = "; ".join(
                 f"{n!r} has {', '.join(sorted(map(str, f))) or 'no parameters'}"
@@ -202,6 +210,28 @@ def _checked(tasks: Sequence[Task]) -> Sequence[Task]:
             )
             raise InputError(f"all parameters must have one {what}: {listed}. Convert the models with .to(...) first.")
     return tasks
+
+
+def _check_layers(members: Sequence[Member]) -> None:
+    """Whether there is anything to zip, or else what there is instead."""
+    if any(m.structure.layers for m in members):
+        return
+    said = {rest.said.removeprefix("private: "): rest.name for m in members for rest in reversed(m.structure.rest)}
+    if said:
+        reasons = "; ".join(f"{name} ({why})" for why, name in said.items())
+        raise InputError(f"no linear layer or convolution of the networks can be zipped: {reasons}.")
+
+
+def _warn(zipped: ZippedModel, share: object) -> None:
+    """Say what is likely not what was wanted: parts that no call reached, and all shared of nothing."""
+    for name, said in zipped.history.settings.get("unreached", {}).items():
+        if said:
+            warnings.warn(f"task {name!r}: {said}", TaskzipWarning, stacklevel=3)
+    layers = zipped.history.layers
+    if isinstance(share, float) and share == 1.0 and not any(layer.shared for layer in layers):
+        private = [f"{layer.name} ({layer.note})" for layer in layers if layer.note]
+        reasons = "; ".join(private) or "all layers are output layers"
+        warnings.warn(f"nothing could be shared: {reasons}. `taskzip.inspect` says more.", TaskzipWarning, stacklevel=3)
 
 
 def _check_names(argument: str, named: Iterable[str], layers: Sequence[JointLayers]) -> None:

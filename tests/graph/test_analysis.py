@@ -473,7 +473,8 @@ def test_in_place(op: str) -> None:
         write(m, x, y)
         return m.out(y.tanh())
 
-    model = Net(do, first=nn.Linear(5, 6), other=nn.Linear(5, 6), out=nn.Linear(6, 3), shift=torch.randn(6))
+    read = {"a view with a parameter": {"shift": torch.randn(6)}, "units of another layer": {"other": nn.Linear(5, 6)}}
+    model = Net(do, first=nn.Linear(5, 6), out=nn.Linear(6, 3), **read.get(op, {}))
     if expected == "yes":
         assert_orders_hold(model, VECTORS, free=["first"])
     elif expected.startswith("yes, "):

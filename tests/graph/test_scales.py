@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from graph.orders import Net, call
-from taskzip.graph import Structure, analyse
 from torch import Tensor, nn
 
+from taskzip.graph import Structure, analyse
 from taskzip.models import ResNet20
 
 IMAGES, VECTORS = (3, 2, 8, 8), (5, 6)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from torch.fx import Node
 
 from taskzip.graph._nodes import arguments, op_name
+from taskzip.graph._rest import Uses, words
 from taskzip.graph._scales import powers
 from taskzip.graph._units import PINNED, Ids
 from taskzip.graph._values import Call, Context, shape_of
-from taskzip.graph.structure import BatchNormNames, Layer, Scales, Space, Structure
+from taskzip.graph.structure import BatchNormNames, Layer, Rest, Scales, Space, Structure
 
 
 class Reading:
@@ -20,10 +21,10 @@ class Reading:
 
     Args:
         c: what was collected on the way.
-        parameters: the names of the network's parameters; only these can be a layer's weight and bias.
+        parameters: the shapes of the network's parameters; only these can be a layer's weight and bias.
     """
 
-    def __init__(self, c: Context, parameters: set[str]) -> None:
+    def __init__(self, c: Context, parameters: Mapping[str, tuple[int, ...]]) -> None:
         self._c = c
         self._parameters = parameters
         self._powers, self._norms = powers(c)
@@ -41,11 +42,29 @@ class Reading:
         for node, name in c.names.items():
             self._readers.setdefault(name, []).extend(node.users)
 
-    def structure(self) -> Structure:
-        """The layers, the spaces, and the axes on which these lie."""
+    def structure(self, unreached: Sequence[str] = ()) -> Structure:
+        """The layers, the spaces, and the axes on which these lie.
+
+        Args:
+            unreached: the parameters that no call reached.
+        """
         spaces, space_of = self._spaces()
         layers = [self._layer(weight, space_of) for weight in self._uses]
-        return Structure(tuple(layers), spaces, self._axes, self._scales(spaces))
+        rest = self._rest({name for layer in layers for name in (layer.weight, layer.bias)}, space_of, unreached)
+        scales = self._scales(spaces)
+        return Structure(tuple(layers), spaces, self._axes, scales, tuple(unreached), tuple(rest))
+
+    def _rest(
+        self, told: Collection[str | None], space_of: Mapping[int, int], unreached: Sequence[str]
+    ) -> Iterator[Rest]:
+        """What there is to say of the parameters that are not told of as layers."""
+        uses = Uses(self._c)
+        for name, shape in self._parameters.items():
+            if name not in told:
+                ids = [axis for axis in self._axes.get(name, ()) if axis is not None]
+                kinds = {int(kind) for axis in ids for kind in self._units.classes(axis)}
+                spaces = sorted(space_of[kind] for kind in kinds if kind in space_of)
+                yield Rest(name, shape, words([] if name in unreached else spaces, uses.said(name, unreached)))
 
     def _spaces(self) -> tuple[tuple[Space, ...], dict[int, int]]:
         """The classes of more than one unit that can move, numbered in the order of the layers that compute them."""
@@ -71,7 +90,7 @@ class Reading:
         first = uses[0]
         units, inputs, *kernel = shape_of(first.weight)
         columns = None if first.reads is None else self._units.roots(first.reads)
-        entangled = self._entangled(weight)
+        entangled = self._entangled(weight) or self._complex(uses)
         pinned = entangled or self._pinned(weight, space_of)
         return Layer(
             name=weight.removesuffix(".weight"),
@@ -104,6 +123,11 @@ class Reading:
                 if not any(reader is call.node for call in uses):
                     return f"its {'weight' if name == weight else 'bias'} is also read by {self._describe(reader)}"
         return ""
+
+    def _complex(self, uses: Sequence[Call]) -> str:
+        """Curvatures and least squares are of real numbers."""
+        nodes = [node for call in uses for node in (call.node, *call.node.all_input_nodes)]
+        return "complex numbers" if any(node.meta["val"].is_complex() for node in nodes) else ""
 
     def _pinned(self, weight: str, space_of: Mapping[int, int]) -> str:
         """Why none of the units of a layer can be paired with another network's, or ""."""

@@ -12,23 +12,81 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.fx import Node
 
-from taskzip.graph._nodes import Arguments, arguments, first, named_dims, op_name
+from taskzip.graph._nodes import arguments, first, named_dims, op_name
 from taskzip.graph._values import Context, Strands, flat, shape_of
 
 Powers = Mapping[str, tuple[int, ...]]
 """Per tensor of a network, per axis: by which power of its units' scales it is multiplied."""
 
-_SAME = (
-    "relu leaky_relu prelu abs dropout feature_dropout contiguous clone detach alias to _to_copy type_as getitem "
-    "view reshape view_as reshape_as flatten unflatten squeeze unsqueeze ravel _unsafe_view "
-    "permute transpose t mT swapaxes swapdims movedim moveaxis channel_shuffle native_channel_shuffle "
-    "slice select unbind split split_with_sizes chunk tensor_split index_select cat concat concatenate embedding "
-    "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d max_pool2d_with_indices "
-    "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
-    "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d "
-    "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d "
-    "_assert_tensor_metadata zeros_like new_zeros"
-).split()
+_SAME = [
+    "relu",
+    "leaky_relu",
+    "prelu",
+    "abs",
+    "dropout",
+    "feature_dropout",
+    "contiguous",
+    "clone",
+    "detach",
+    "alias",
+    "to",
+    "_to_copy",
+    "type_as",
+    "getitem",
+    "view",
+    "reshape",
+    "view_as",
+    "reshape_as",
+    "flatten",
+    "unflatten",
+    "squeeze",
+    "unsqueeze",
+    "ravel",
+    "_unsafe_view",
+    "permute",
+    "transpose",
+    "t",
+    "mT",
+    "swapaxes",
+    "swapdims",
+    "movedim",
+    "moveaxis",
+    "channel_shuffle",
+    "native_channel_shuffle",
+    "slice",
+    "select",
+    "unbind",
+    "split",
+    "split_with_sizes",
+    "chunk",
+    "tensor_split",
+    "index_select",
+    "cat",
+    "concat",
+    "concatenate",
+    "embedding",
+    "max_pool1d",
+    "max_pool2d",
+    "max_pool3d",
+    "avg_pool1d",
+    "avg_pool2d",
+    "avg_pool3d",
+    "max_pool2d_with_indices",
+    "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d",
+    "adaptive_max_pool1d",
+    "adaptive_max_pool2d",
+    "adaptive_max_pool3d",
+    "upsample_nearest1d",
+    "upsample_nearest2d",
+    "upsample_nearest3d",
+    "upsample_linear1d",
+    "upsample_bilinear2d",
+    "_assert_tensor_metadata",
+    "zeros_like",
+    "new_zeros",
+]
 """Ops that are homogeneous in each unit by itself, wherever the units lie."""
 
 

@@ -7,20 +7,17 @@ which they lie: the rows of the layer that computes them, the columns of all tha
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from taskzip.graph._reach import UNREACHED
 from taskzip.graph._scales import Norm, Powers
 from taskzip.graph._units import Ids
-
-_WIDTH = 100  # columns of the printed table
-
+from taskzip.graph.printing import table
 
 OUTPUT = "an output of the network"
 """Why the rows of an output layer are pinned."""
@@ -113,18 +110,37 @@ class Scales:
 
 
 @dataclass(frozen=True)
+class Rest:
+    """A parameter that is no weight or bias of a layer.
+
+    Attributes:
+        name: of the parameter.
+        shape: of the parameter.
+        said: what becomes of it, and why it is not shared.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    said: str
+
+
+@dataclass(frozen=True)
 class Structure:
     """The layers of a network in the order in which they run, its spaces, and the axes of its tensors.
 
     Attributes:
         axes: per parameter or buffer, per axis, the unit of each index or None.
         scales: which units may be made larger or smaller.
+        unreached: the parameters and buffers that no call of the network reached.
+        rest: the parameters that are no weight or bias of a layer.
     """
 
     layers: tuple[Layer, ...]
     spaces: tuple[Space, ...]
     axes: dict[str, tuple[Ids | None, ...]] = field(repr=False)
     scales: Scales = field(repr=False)
+    unreached: tuple[str, ...] = ()
+    rest: tuple[Rest, ...] = ()
 
     def layer(self, name: str) -> Layer:
         """The layer of that name."""
@@ -187,12 +203,23 @@ class Structure:
             said.append(f"{layer.units - free} fixed")
         return ", ".join(["yes", *said])
 
+    def unreached_in_words(self) -> str:
+        """What no call reached, which layers stay as they are for that, and the way out; "" if all was reached."""
+        if not self.unreached:
+            return ""
+        kept = [layer.name for layer in self.layers if layer.pinned.endswith(UNREACHED)]
+        stays = f", and {', '.join(kept)} cannot be shared, for their units may be read there" if kept else ""
+        return (
+            f"no call reaches {', '.join(self.unreached)}{stays}. Call every part in `forward(model, batch)`, or "
+            f"remove those that are not needed: parts outside the call are not followed."
+        )
+
     def __str__(self) -> str:
         rows = [("layer", "kind", "units", "reads", "space", "shareable")]
         for layer in self.layers:
             spaces = " ".join(f"s{space}" for space in layer.spaces) or "-"
             rows.append((layer.name, layer.form, str(layer.units), _reads(self, layer), spaces, self.sharing(layer)))
-        return _table(rows)
+        return table(rows, {0: 28, 3: 20, 5: 19}, right=2)
 
 
 def _permute(tensor: Tensor, dim: int, index: np.ndarray) -> None:
@@ -209,18 +236,3 @@ def _reads(structure: Structure, layer: Layer) -> str:
         return f"{layer.inputs} inputs" if layer.reads_input else f"{layer.inputs} in fixed order"
     spaces, first, counts = np.unique(structure.space_of(layer.columns), return_index=True, return_counts=True)
     return " + ".join(f"{counts[i]} " + ("fixed" if spaces[i] < 0 else f"of s{spaces[i]}") for i in np.argsort(first))
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Two spaces between columns; a cell that is too wide goes on in the next line."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for wide, most in ((0, 28), (3, 20), (5, 19)):
-        widths[wide] = min(widths[wide], max(most, _WIDTH - 10 - sum(widths) + widths[wide]))
-    lines = []
-    for row in rows:
-        cells = [textwrap.wrap(cell, width, break_on_hyphens=False) for cell, width in zip(row, widths, strict=True)]
-        for parts in zip_longest(*cells, fillvalue=""):
-            padded = [part.ljust(width) for part, width in zip(parts, widths, strict=True)]
-            padded[2] = parts[2].rjust(widths[2])
-            lines.append("  ".join(padded).rstrip())
-    return "\n".join(lines)
