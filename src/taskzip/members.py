@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -128,6 +129,21 @@ class Member:
     def observer(self, max_rows: MaxRows, seed: int) -> Observer:
         """What reads layers of this task."""
         return Observer(self.task, self.network, self.original, self.samples, max_rows, seed, self.answers)
+
+    def compared(self, layer: Layer, max_rows: MaxRows, seed: int) -> tuple[Observer, Tensor | None]:
+        """What reads a layer against the original network, and which of the original's rows each present one is.
+
+        Where units that lie along other axes of what the layer reads have moved, (sample, unit) stands in another place
+        than in the original network, and so in the answers that are remembered. The original then runs again, with its
+        own units moved likewise.
+        """
+        observer = self.observer(max_rows, seed)
+        if not any(space in self._orders for space in layer.beside):
+            return observer, self.original_rows(layer)
+        original = copy.deepcopy(self.original)
+        for space, order in self._orders.items():
+            self.structure.reorder(original, space, order)
+        return replace(observer, original=original, answers=Answers()), None
 
     def weights(self, layer: Layer) -> Tensor:
         """All incoming weights of a layer as they are now, float64 [units, inputs * taps + 1], the bias last."""

@@ -233,8 +233,8 @@ def observe(member: Member, layer: Layer, settings: Settings, sharing: bool) -> 
     changed = member.changed and not layer.reads_input and _follows(layer, settings)
     if changed and not member.answers.started:
         survey(member, settings, ())
-    observer = member.observer(settings.max_rows, settings.seed)
-    statistics = observer.observe(layer, changed=changed, rows=member.original_rows(layer))
+    observer, rows = member.compared(layer, settings.max_rows, settings.seed)
+    statistics = observer.observe(layer, changed=changed, rows=rows)
     member.answers.forget(layer.name)
     return statistics
 
@@ -280,8 +280,8 @@ def settle(
         member.set_weights(layer, weights)
         old, new = statistics.answer_moments(), statistics.moments(weights)
     elif member.changed and layer.batch_norm and not layer.reads_input:
-        observer = member.observer(settings.max_rows, settings.seed)
-        before, now = observer.observe_outputs(layer, member.original_rows(layer))
+        observer, rows = member.compared(layer, settings.max_rows, settings.seed)
+        before, now = observer.observe_outputs(layer, rows)
         old, new = before.answer_moments(), now.answer_moments()
     else:
         return

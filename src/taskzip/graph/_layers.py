@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -81,8 +81,14 @@ class Reading:
             reads_input=all(call.raw for call in uses) and columns is None,
             pinned=pinned,
             solvable=first.groups == 1 and not entangled,
+            beside=self._beside(uses, space_of),
             batch_norm=self._batch_norm(uses),
         )
+
+    def _beside(self, uses: Sequence[Call], space_of: Mapping[int, int]) -> tuple[int, ...]:
+        """The spaces along other axes than the one that a layer reads."""
+        kinds = {kind for call in uses for ids in call.beside for kind in self._units.classes(ids).tolist()}
+        return tuple(sorted(space_of[kind] for kind in kinds if kind in space_of))
 
     def _entangled(self, weight: str) -> str:
         """How new weights for a layer would change more than its own outputs, or ""."""

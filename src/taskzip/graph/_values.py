@@ -45,13 +45,19 @@ class Value:
 
 @dataclass(frozen=True)
 class Call:
-    """One use of a layer's weight: which node reads which input, with which arguments."""
+    """One use of a layer's weight: which node reads which input, with which arguments.
+
+    Attributes:
+        reads: the units along the axis that the layer reads.
+        beside: the units along the other axes of what it reads, those that lie along any.
+    """
 
     node: Node
     kind: str
     weight: Node
     bias: Node | None
     reads: Ids | None
+    beside: tuple[Ids, ...]
     raw: bool
     groups: int
 

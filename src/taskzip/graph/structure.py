@@ -52,6 +52,8 @@ class Layer:
         pinned: why none of the rows can be shared, or "".
         solvable: whether a unit reads all inputs, so that least squares can solve for its weights.
         batch_norm: the batch-norm that is all that reads this layer, if any.
+        beside: the spaces along the other axes of what it reads: what it is applied to, sample by sample and unit by
+            unit, lies in their order (token mixing).
     """
 
     name: str
@@ -69,6 +71,7 @@ class Layer:
     pinned: str
     solvable: bool = True
     batch_norm: BatchNormNames | None = None
+    beside: tuple[int, ...] = ()
 
     @property
     def form(self) -> str:
