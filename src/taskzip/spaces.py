@@ -45,6 +45,7 @@ class JointSpaces:
             for spaces in self._met(layer):
                 self._unite(spaces)
         self._writers: dict[int, list[int]] = {}
+        self._read_first: set[int] = set()
         self._twisted = {joint for joint in self._joint.values() if self._is_twisted(joint)}
         tasks: dict[int, set[int]] = {}
         for index, layer in enumerate(layers):
@@ -55,12 +56,18 @@ class JointSpaces:
             for t, each in layer.items():
                 for joint in self._read(t, each.columns):
                     if joint not in self._writers:
-                        self._twisted.add(joint)
+                        self._read_first.add(joint)
+        self._twisted |= self._read_first
 
     @property
     def streams(self) -> set[int]:
         """The joint spaces that several joint layers write."""
         return {joint for joint, writers in self._writers.items() if len(writers) > 1}
+
+    @property
+    def read_first(self) -> set[int]:
+        """The joint spaces that are read before a layer writes them: an embedding begins them, for one."""
+        return self._read_first
 
     @property
     def twisted(self) -> set[int]:
