@@ -189,7 +189,10 @@ class Member:
         return (self.batch_norm(layer)[1].double() + layer.batch_norm.eps).sqrt()
 
     def place(self, space: int, joint: int, order: np.ndarray, slots: np.ndarray) -> None:
-        """Put the units of a space into a new order; the unit in place k then stands in slot `slots[k]`."""
+        """Put the units of a space into a new order, one that is allowed (`Space.allowed`).
+
+        The unit in place k then stands in slot `slots[k]`.
+        """
         self.structure.reorder(self.network, space, order)
         self._orders[space] = self._orders.get(space, np.arange(len(order)))[order]
         self.slots[space] = (joint, slots)

@@ -23,6 +23,7 @@ from taskzip.plan import Quota
 from taskzip.slots import assign_slots
 from taskzip.spaces import JointSpaces, Part
 from taskzip.starts import unlikeness
+from taskzip.wholes import partners, searched
 
 _WALKS = 5
 """At most so many walks through the networks; most settle after two or three."""
@@ -125,11 +126,29 @@ class _Walk:
     def _settle(self, space: int, joint: int, cost: _Costs) -> None:
         mean = cost.mean()
         if np.isfinite(mean).any():
-            slots = np.arange(len(mean))
-            slots = assign_slots(mean, slots, len(mean), cost.quota, method=self._matching, seed=self._seed)
+            slots, count, within = np.arange(len(mean)), len(mean), self._within(space, joint, mean)
+            method, seed = self._matching, self._seed
+            slots = assign_slots(mean, slots, count, cost.quota, method=method, seed=seed, within=within)
         else:  # somewhere to begin: other layers may tell more in the next walk
             slots = np.arange(mean.shape[1])
         self._slots[self._task][space] = (joint, slots)
+
+    def _within(self, space: int, joint: int, cost: np.ndarray) -> np.ndarray | None:
+        """Where slots and units of a space are in wholes that belong together, [slots, units]."""
+        wholes = self._spaces.wholes(joint)
+        if wholes is None:
+            return None
+        slots = np.full(len(cost), -1)
+        for t, other in self._spaces.members_of(joint):
+            if t < self._task:
+                place, found = self._slots[t][other][1], np.empty(1 + wholes[t].max(), np.int64)
+                for whole in range(len(found)):
+                    known = slots[place[wholes[t] == whole]].max()
+                    found[whole] = whole if known < 0 else known
+                slots[place] = found[wholes[t]]
+        known, _ = searched(cost, self._matching, self._seed)
+        own = wholes[self._task]
+        return np.equal.outer(slots, partners(known, slots, own)[own])
 
     def _cost(self, layer: JointLayers, part: Part) -> _Costs:
         """The difference to the units of earlier tasks in each slot of the joint space."""

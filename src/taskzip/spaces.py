@@ -81,6 +81,13 @@ class JointSpaces:
         """The (task, space) of a joint space."""
         return [key for key, each in self._joint.items() if each == joint]
 
+    def wholes(self, joint: int) -> dict[int, np.ndarray] | None:
+        """Per task, to which whole each unit of its space belongs; None where not all of them have equally many."""
+        found = {t: self._members[t].structure.spaces[space].wholes for t, space in self.members_of(joint)}
+        known = {t: each for t, each in found.items() if each is not None}
+        alike = len({int(each.max()) for each in known.values()}) == 1
+        return known if alike and len(known) == len(self.members_of(joint)) else None
+
     def parts(self, layer: JointLayers) -> list[Part]:
         """The units of a joint layer by joint space, where at least two tasks have them."""
         found: dict[int, dict[int, list[tuple[int, np.ndarray]]]] = {}

@@ -110,7 +110,7 @@ class Zipper:
         )
         for member, found in zip(self.members, slots, strict=True):
             for space, (joint, each) in found.items():
-                order = np.argsort(each)
+                order = member.structure.spaces[space].allowed(np.argsort(each))
                 member.place(space, joint, order, each[order])
 
     def _participants(self, layers: JointLayers) -> tuple[JointInputs, list[Part], str]:
@@ -183,7 +183,7 @@ class Zipper:
             how, aligned = self.settings, self._is_aligned(part) and not own
             pairing = Pairing(each, how.matching, how.seed, aligned, how.connections)
             common = None if inputs.cross else self.common.of(part)
-            joint = JointLayer(sides, inputs, part.rows, pairing, given, common)
+            joint = JointLayer(sides, inputs, part.rows, pairing, given, common, self.spaces.wholes(part.joint))
             if self.settings.spread:
                 joint.match_spread()
             joints.append(joint)
@@ -200,6 +200,7 @@ class Zipper:
             if space not in self.members[t].slots:
                 groups = sorted(joint.units_of(t).items(), key=lambda group: (-len(group[0]), group[0]))
                 order = torch.cat([units for _, units in groups]).cpu().numpy()
+                order = self.members[t].structure.spaces[space].allowed(order)
                 self.members[t].place(space, part.joint, order, joint.slots[t][order])
                 joint.reorder(t, order)
 

@@ -56,7 +56,9 @@ class Reading:
             for kind, count in zip(*np.unique(kinds, return_counts=True), strict=True):
                 if kind != PINNED and count > 1 and kind not in space_of:
                     space_of[int(kind)] = len(spaces)
-                    spaces.append(Space(units[kinds == kind]))
+                    inside = units[kinds == kind]
+                    wholes = self._units.wholes(inside)
+                    spaces.append(Space(inside, wholes if (wholes >= 0).all() else None))
         return tuple(spaces), space_of
 
     def _layer(self, weight: str, space_of: dict[int, int]) -> Layer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from torch.fx import Node
 
 from taskzip.graph._nodes import Arguments, first, op_name, unknown
@@ -141,11 +142,10 @@ def norm_of_each(c: Context, node: Node, a: Arguments) -> Axes:
 
 
 def group_norm(c: Context, node: Node, a: Arguments) -> Axes:
-    """Only channels of the same group are alike."""
+    """Channels of the same group keep together."""
     channels, groups = c.axes(a["input"])[1], a["num_groups"]
-    size = shape_of(a["input"])[1] // groups
-    for group in range(groups):
-        c.take(channels, slice(group * size, (group + 1) * size))
+    if channels is not None:
+        c.units.keep_together(channels, np.arange(groups).repeat(len(channels) // groups))
     return norm_of_each(c, node, a)
 
 
