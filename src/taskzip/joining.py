@@ -183,20 +183,21 @@ class JointLayer:
         difference = [meeting.difference for meeting in meetings]
         new, count = len(self._rows[task]), 1 + max(int(each.max()) for each in self.slots.values())
         pairing, quota = self._pairing, self._pairing.quota
-        cost = np.concatenate([np.empty((0, new)), *(each.double().cpu().numpy() for each in difference)])
-        method, seed = pairing.matching, pairing.seed
-        within = self._within(task, meetings, cost) if self._given is None else None
+        within = self._within(task, meetings) if self._given is None else None
         if self._given is None and not pairing.aligned:
             d = torch.cat([self.weights[task].new_zeros(0, new), *difference])
             most = min(quota.pairs, *d.shape)
             if within is None:
                 pairs = match(d, count=most, threshold=quota.threshold, method=pairing.matching, seed=pairing.seed)
             else:
+                cost = d.double().cpu().numpy()
                 pairs = match_within(cost, within, quota, method=pairing.matching, seed=pairing.seed)
                 pairs = Pairs(*(each.to(d.device) for each in pairs))
             self.slots[task] = count + np.arange(new)
             self.slots[task][pairs.b.cpu().numpy()] = slots[pairs.a.cpu().numpy()]
             return pairs
+        cost = np.concatenate([np.empty((0, new)), *(each.double().cpu().numpy() for each in difference)])
+        method, seed = pairing.matching, pairing.seed
         self.slots[task] = (
             assign_slots(cost, slots, count, quota, method=method, seed=seed, within=within)
             if self._given is None
@@ -214,10 +215,11 @@ class JointLayer:
         )
         return Pairs(*(each.to(self.weights[task].device) for each in pairs))
 
-    def _within(self, task: int, meetings: Sequence[Meeting], cost: np.ndarray) -> np.ndarray | None:
+    def _within(self, task: int, meetings: Sequence[Meeting]) -> np.ndarray | None:
         """Where joint units and units of a task are in wholes that belong together, [joint, new]."""
-        if self._wholes is None or not cost.size:
+        if self._wholes is None or not meetings:
             return None
+        cost = torch.cat([meeting.difference for meeting in meetings]).double().cpu().numpy()
         groups = [(m.owners[0], self.groups[m.owners].units[:, 0].cpu().numpy()) for m in meetings]
         joint = np.concatenate([self._wholes[t][units] for t, units in groups])
         known, _ = searched(cost, self._pairing.matching, self._pairing.seed)

@@ -103,7 +103,7 @@ class Member:
             GraphError: it does not, naming the layer whose units were misread.
         """
         rng = np.random.default_rng(seed)
-        orders = [rng.permutation(len(space.units)) for space in self.structure.spaces]
+        orders = [space.allowed(rng.permutation(len(space.units))) for space in self.structure.spaces]
         if self._agrees(orders, range(len(orders)), batch, answers):
             return
         for space in range(len(orders)):
