@@ -20,6 +20,9 @@ from taskzip.members import Member
 _ENOUGH = 16
 """So many numbers of a unit in a fixed order tell it apart from the others."""
 
+_MOST = 4096
+"""Of a table with more numbers for each unit so many are looked at."""
+
 
 @dataclass(frozen=True)
 class _Trait:
@@ -81,14 +84,20 @@ def _traits(member: Member, space: int, *, ordered: bool) -> Iterator[tuple[tupl
 
 
 def _levelled(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """As many sorted numbers of both; of the longer ones those that stand at the same parts of the way."""
+    """As many sorted numbers of both: of the longer ones those that stand at the same parts of the way."""
     count = min(one.shape[2], other.shape[2])
-    places = [torch.linspace(0, each.shape[2] - 1, count, device=each.device).round().long() for each in (one, other)]
-    a, b = (each[:, :, at].flatten(1) for each, at in zip((one, other), places, strict=True))
+    a, b = (_spaced(_spaced(each, count).flatten(1), _MOST) for each in (one, other))
     return a, b
+
+
+def _spaced(values: Tensor, count: int) -> Tensor:
+    """Along the last axis at most `count` of the values, at equal distances."""
+    size = values.shape[-1]
+    return values if size <= count else values[..., torch.linspace(0, size - 1, count).round().long().to(values.device)]
 
 
 def _distance(one: Tensor, other: Tensor) -> Tensor:
     """Squared differences between rows, relative to the mean square of all."""
     size = (one.square().sum() + other.square().sum()) / (len(one) + len(other))
-    return torch.cdist(one, other, compute_mode="donot_use_mm_for_euclid_dist").square() / size.clamp_min(1e-300)
+    squares = one.square().sum(1)[:, None] + other.square().sum(1)[None, :] - 2 * one @ other.mT
+    return squares.clamp_min(0) / size.clamp_min(1e-300)
