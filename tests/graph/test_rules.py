@@ -745,3 +745,26 @@ def test_channels_padded_with_zeros_stay_free() -> None:
     )
     structure = assert_orders_hold(model, IMAGES, free=["a"], partly={"b": "4 units, 3 fixed"}, moves={"a.weight": 0})
     assert movable(structure, "b.weight").tolist() == [False, True, True, True, True, False, False]
+
+
+def test_keys_that_several_heads_of_queries_read() -> None:
+    """Grouped queries: each head of keys is repeated, and moves with the queries that read it."""
+
+    def do(m: nn.Module, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (-1, 3)).transpose(1, 2) for layer in (m.q, m.k, m.v))
+        k, v = (t[:, :, None].expand(-1, -1, 3, -1, -1).reshape(q.shape) for t in (k, v))
+        return m.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    layers = {"q": nn.Linear(5, 18), "k": nn.Linear(5, 6), "v": nn.Linear(5, 6), "out": nn.Linear(18, 2)}
+    how = {"q": "2 units of 9 rows", "k": "2 units of 3 rows", "v": "2 units of 3 rows"}
+    assert_orders_hold(Net(do, **layers), torch.randn(2, 4, 5), partly=how)
+
+
+def test_copies_of_one_element_beside_its_units() -> None:
+    """Only the copies stay where they are."""
+    model = Net(
+        lambda m, x: m.out(m.first(x)[..., None].expand(-1, 6, 3).reshape(-1, 18).tanh()),
+        first=nn.Linear(4, 6),
+        out=nn.Linear(18, 2),
+    )
+    assert_orders_hold(model, torch.randn(3, 4), free=["first"])

@@ -71,6 +71,7 @@ class Context:
         norms: every batch-norm, by the node that it reads.
         names: the name of each tensor of the network, by its node.
         constants: the tensors that are written into the graph, by their nodes.
+        copies: the units of axes over which one element is spread.
     """
 
     def __init__(self) -> None:
@@ -81,6 +82,7 @@ class Context:
         self.norms: dict[Node, Node] = {}
         self.names: dict[Node, str] = {}
         self.constants: dict[Node, Tensor] = {}
+        self.copies: set[int] = set()
 
     def add_parameter(self, node: Node, name: str) -> None:
         """A tensor of the network that may be re-ordered: new units along every axis; tied weights are one tensor."""
