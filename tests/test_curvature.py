@@ -96,17 +96,12 @@ def test_values_that_are_not_finite_are_noticed(value: float, where: str) -> Non
     assert not filled(x, z).is_finite()
 
 
-def test_damping_is_relative_to_each_input() -> None:
+def test_damping_is_relative_to_the_mean_of_the_diagonal() -> None:
     h = torch.tensor([[4.0, 1.0], [1.0, 2.0]])
-    torch.testing.assert_close(damped(h, 0.1), torch.tensor([[4.4, 1.0], [1.0, 2.2]]))
-    scale = torch.diag(torch.tensor([3.0, 0.2]))
-    torch.testing.assert_close(damped(scale @ h @ scale, 0.1), scale @ damped(h, 0.1) @ scale)
+    torch.testing.assert_close(damped(h, 0.1), torch.tensor([[4.3, 1.0], [1.0, 2.3]]))
+    torch.testing.assert_close(damped(5 * h, 0.1), 5 * damped(h, 0.1))
     assert torch.equal(damped(h, 0.0), h)
     assert torch.equal(h, torch.tensor([[4.0, 1.0], [1.0, 2.0]]))
-
-
-def test_dead_inputs_are_damped_a_little() -> None:
-    torch.testing.assert_close(damped(torch.diag(torch.tensor([4.0, 0.0])), 0.1)[1, 1], torch.tensor(0.1 * 2e-6))
 
 
 @pytest.mark.parametrize("rows", [3, 400])

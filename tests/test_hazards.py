@@ -441,10 +441,8 @@ HAZARDS = {
     ),
     "one channel": Hazard(one_channel, grey, {"narrow": "a single unit"}),
     "several readers": Hazard(several_readers, vectors),
-    "unknown op": Hazard(unknown_op, vectors, {"middle": "cumsum goes along it", "last": "no inputs in common"}),
-    "recurrent in the middle": Hazard(
-        recurrent_in_the_middle, sequences, {"middle": "op gru is not known", "last": "no inputs in common"}
-    ),
+    "unknown op": Hazard(unknown_op, vectors, {"middle": "cumsum goes along it"}),
+    "recurrent in the middle": Hazard(recurrent_in_the_middle, sequences, {"middle": "op gru is not known"}),
     "called twice": Hazard(called_twice, vectors),
     "read before it is written": Hazard(read_before_it_is_written, vectors),
     "gives a tuple": Hazard(gives_a_tuple, vectors),
@@ -546,14 +544,14 @@ def rows_that_move(name: str, layer: Layer) -> int:
 
 
 def saved_by_full_sharing(name: str) -> int:
-    """All weights from inputs that move or are the network's own to units that move, and the biases of these."""
+    """All weights to units that move from inputs that move or are in a fixed order, and the biases of these."""
     structure, total = structure_of(name), 0
     shared = [layer for layer, private in hidden(name) if not private]
     spaces = {space for layer in shared for space in layer.spaces}
     for layer in shared:
         inputs = layer.inputs
         if layer.columns is not None:
-            inputs = int(np.isin(structure.space_of(layer.columns), list(spaces)).sum())
+            inputs = int(np.isin(structure.space_of(layer.columns), [*spaces, -1]).sum())
         total += rows_that_move(name, layer) * (inputs * layer.taps + (layer.bias is not None))
     return total
 

@@ -174,8 +174,8 @@ def zip_twin(
         data: per task, all its samples.
         share: the fraction of the smaller layer's units that is shared.
         matching: "greedy" or "optimal" (exact; exponential in the number of units).
-        compensate: units are first made as large as they matter, and errors count relative to them; least squares before
-            merging, spread matching after it, and private weights that follow.
+        compensate: units are first made as large as they matter, and errors count relative to them; least squares
+            before merging, spread matching after it, and private weights that follow.
         balance: alpha of task A.
         damping, ridge: as in `taskzip.zip`.
         threshold: with "greedy": stop at the first pair whose d is above it.
@@ -207,7 +207,7 @@ def zip_twin(
             h = []
             for t in (0, 1):
                 curvature = alpha[t] / len(data[t]) * sum(np.outer(row, row) for row in x[t])
-                h.append(curvature + damping * np.diag(_mean_squares(curvature)))
+                h.append(curvature + damping * np.mean(np.diag(curvature)) * np.eye(len(curvature)))
             d, merged = _cut_pairs([layer.matrix for layer in layers], h, [np.append(s, -1) for s in shared])
             pairs = {"greedy": _greedy, "optimal": _optimal}[matching](
                 d, round(share * min(layers[0].units, layers[1].units))
@@ -228,7 +228,7 @@ def zip_twin(
         for t in (0, 1):
             rows = np.column_stack([_restricted(x[t], shared[t], bias), x[t][:, own[t]]])
             curvature = alpha[t] / len(data[t]) * sum(np.outer(row, row) for row in rows)
-            whole.append(curvature + damping * np.diag(_mean_squares(curvature)))
+            whole.append(curvature + damping * np.mean(np.diag(curvature)) * np.eye(len(curvature)))
             # What is left of the error where the own weights are free: the inverse of a part of the inverse.
             common = w[t].shape[1]
             h.append(np.linalg.inv(np.linalg.inv(whole[t])[:common, :common]))

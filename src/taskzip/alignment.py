@@ -25,7 +25,8 @@ class Segment:
         channels: per owner, its own channels (columns of a linear layer) in the common order. Where the networks' own
             inputs differ in size, a smaller one has only the first of them; the others are fictive connections of
             weight 0 (Algorithm 1, first step).
-        source: the joint space in which these units lie; None where they are the networks' own input.
+        source: the joint space in which these units lie; None where they are the networks' own input, below 0 where
+            they are in a fixed order.
     """
 
     owners: Owners
@@ -161,6 +162,9 @@ def align_inputs(
 ) -> JointInputs:
     """Which inputs of a layer its tasks share: the networks' input by position, hidden units by their slots.
 
+    Hidden units in a fixed order are shared by position where the tasks' layers read equally many of them; but not
+    without `cross`, as no layer that wrote them shares its weights.
+
     Args:
         members: the tasks.
         layers: the layer in each task that takes part.
@@ -169,7 +173,10 @@ def align_inputs(
     """
     sources: dict[int | None, dict[int, _Read]] = {}
     for t, layer in layers.items():
-        for source, read in _sources(members[t], layer, members[t].slots if slots is None else slots[t]).items():
+        found = _sources(members[t], layer, members[t].slots if slots is None else slots[t])
+        if cross:
+            found |= _fixed(members[t], layer)
+        for source, read in found.items():
             sources.setdefault(source, {})[t] = read
     raw = {t: read.slots for t, read in sources.pop(None, {}).items()}
     segments = [Segment(tuple(raw), raw)] if len(raw) > 1 else []
@@ -197,6 +204,15 @@ def _sources(member: Member, layer: Layer, slots: Slots) -> dict[int | None, _Re
         if channels.size:
             found.setdefault(joint, _Read(units, channels))
     return found
+
+
+def _fixed(member: Member, layer: Layer) -> dict[int | None, _Read]:
+    """The hidden units in a fixed order that a layer reads, each channel one of them, by how many these are."""
+    if layer.reads_input:
+        return {}
+    columns = layer.columns
+    channels = np.arange(layer.inputs) if columns is None else np.flatnonzero(member.structure.space_of(columns) < 0)
+    return {-len(channels): _Read(np.arange(len(channels)), channels[:, None])} if len(channels) else {}
 
 
 def _segments(source: int | None, read: Mapping[int, _Read]) -> Iterator[Segment]:

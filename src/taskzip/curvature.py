@@ -20,9 +20,6 @@ _SMALL = 1024
 _BLOCK = 512
 """Columns of the blocks in which a larger one is summed up."""
 
-_DEAD = 1e-6
-"""Mean squares of inputs are no smaller than this, relative to their mean over all inputs."""
-
 _FEW = 0.25
 """Rows per column up to which they are kept: with more, the span of two tasks' rows costs what matrices cost."""
 
@@ -208,21 +205,12 @@ def damped(h: Tensor, damping: float) -> Tensor: ...
 @overload
 def damped(h: Factored, damping: float) -> Factored: ...
 def damped(h: Float[Tensor, "d d"] | Factored, damping: float) -> Float[Tensor, "d d"] | Factored:
-    """H + damping * diag(H): where the data say nothing, each task's own weights are the prior."""
+    """H + damping * mean(diag(H)) * I: where the data say nothing, each task's own weights are the prior."""
     if isinstance(h, Factored):
         return h.damped(damping)
-    return h + damping * mean_squares(h).diag()
-
-
-def mean_squares(h: Float[Tensor, "d d"] | Factored) -> Float[Tensor, " d"]:
-    """What damping and ridges are relative to: each input's own mean square, so that its scale does not matter.
-
-    Inputs that are all but dead count as having a small one; factored curvatures have one for all inputs, their mean.
-    """
-    if isinstance(h, Factored):
-        return h.damped(1.0).diagonal - h.diagonal
-    own = h.diagonal()
-    return own if not len(h) else own.clamp_min(_DEAD * own.mean())
+    if not len(h):
+        return h
+    return h + damping * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype, device=h.device)
 
 
 def solve_symmetric(h: Float[Tensor, "d d"], right: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:

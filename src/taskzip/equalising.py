@@ -1,8 +1,8 @@
 """Units brought to sizes that compare, where the network computes the same with any.
 
-ReLU, pooling, sums and convolutions commute with positive scaling, so that how large activations are between them is an
-accident of training: units f times as large, read with 1/f of the weights, are the same network. Curvatures, differences
-and ridges are not the same; units that happen to be large would rule the merged weights.
+ReLU, pooling, sums and convolutions commute with positive scaling, so that how large activations are between them is
+an accident of training: units f times as large, read with 1/f of the weights, are the same network. Curvatures,
+differences and ridges are not the same; units that happen to be large would rule the merged weights.
 """
 
 from __future__ import annotations

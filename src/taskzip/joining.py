@@ -21,6 +21,7 @@ from taskzip.plan import Quota
 from taskzip.recalibration import match_spread
 from taskzip.slots import assign_slots, pair_in_slots
 from taskzip.sparsity import Connections
+from taskzip.wholes import match_within, partners, searched
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class JointLayer:
         pairing: Pairing,
         slots: Mapping[int, np.ndarray] | None = None,
         common: Mapping[int, np.ndarray] | None = None,
+        wholes: Mapping[int, np.ndarray] | None = None,
     ) -> None:
         """The first task's units alone.
 
@@ -88,6 +90,8 @@ class JointLayer:
             pairing: how units find their partners.
             slots: per task, where the units stand; None where this layer decides.
             common: per task, labels of its units; those of equal labels share their weights before all others.
+            wholes: per task, the whole to which each of its units belongs, equally many of them; None where not all
+                tasks have such.
         """
         self.costs: list[Tensor] = []
         self._sides = sides
@@ -96,6 +100,7 @@ class JointLayer:
         self._pairing = pairing
         self._given = slots
         self._common = common
+        self._wholes = None if wholes is None else dict(wholes)
         self.weights = {t: sides[t].weights for t in rows}
         first, *self._others = rows
         self.slots = {first: np.arange(len(rows[first])) if slots is None else slots[first]}
@@ -178,17 +183,23 @@ class JointLayer:
         difference = [meeting.difference for meeting in meetings]
         new, count = len(self._rows[task]), 1 + max(int(each.max()) for each in self.slots.values())
         pairing, quota = self._pairing, self._pairing.quota
+        within = self._within(task, meetings) if self._given is None else None
         if self._given is None and not pairing.aligned:
             d = torch.cat([self.weights[task].new_zeros(0, new), *difference])
             most = min(quota.pairs, *d.shape)
-            pairs = match(d, count=most, threshold=quota.threshold, method=pairing.matching, seed=pairing.seed)
+            if within is None:
+                pairs = match(d, count=most, threshold=quota.threshold, method=pairing.matching, seed=pairing.seed)
+            else:
+                cost = d.double().cpu().numpy()
+                pairs = match_within(cost, within, quota, method=pairing.matching, seed=pairing.seed)
+                pairs = Pairs(*(each.to(d.device) for each in pairs))
             self.slots[task] = count + np.arange(new)
             self.slots[task][pairs.b.cpu().numpy()] = slots[pairs.a.cpu().numpy()]
             return pairs
         cost = np.concatenate([np.empty((0, new)), *(each.double().cpu().numpy() for each in difference)])
         method, seed = pairing.matching, pairing.seed
         self.slots[task] = (
-            assign_slots(cost, slots, count, quota, method=method, seed=seed)
+            assign_slots(cost, slots, count, quota, method=method, seed=seed, within=within)
             if self._given is None
             else self._given[task]
         )
@@ -203,6 +214,17 @@ class JointLayer:
             first=self._alike(task, meetings),
         )
         return Pairs(*(each.to(self.weights[task].device) for each in pairs))
+
+    def _within(self, task: int, meetings: Sequence[Meeting]) -> np.ndarray | None:
+        """Where joint units and units of a task are in wholes that belong together, [joint, new]."""
+        if self._wholes is None or not meetings:
+            return None
+        cost = torch.cat([meeting.difference for meeting in meetings]).double().cpu().numpy()
+        groups = [(m.owners[0], self.groups[m.owners].units[:, 0].cpu().numpy()) for m in meetings]
+        joint = np.concatenate([self._wholes[t][units] for t, units in groups])
+        known, _ = searched(cost, self._pairing.matching, self._pairing.seed)
+        self._wholes[task] = partners(known, joint, self._wholes[task])[self._wholes[task]]
+        return np.equal.outer(joint, self._wholes[task])
 
     def _alike(self, task: int, meetings: Sequence[Meeting]) -> np.ndarray | None:
         """Which joint units were common with which units of a task before, [joint, new]."""

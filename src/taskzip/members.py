@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -111,9 +112,8 @@ class Member:
         if equalise(self.network, self.structure, moments):
             if not self._agrees((), (), batch, answers):
                 raise GraphError(
-                    f"task {self.task.name!r}: with its units brought to equal spreads the network gives other outputs, so "
-                    f"their readers were misunderstood; please report the architecture. compensate='output' leaves the "
-                    f"units as they are."
+                    f"task {self.task.name!r}: with its units scaled the network gives other outputs, so their readers "
+                    f"were misunderstood; please report the architecture. compensate='output' leaves units as they are."
                 )
             self.original = copy_of(self.network)
 
@@ -125,7 +125,7 @@ class Member:
             InputError: the network gives other outputs each time it runs, whatever the order.
         """
         rng = np.random.default_rng(seed)
-        orders = [rng.permutation(len(space.units)) for space in self.structure.spaces]
+        orders = [space.allowed(rng.permutation(len(space.units))) for space in self.structure.spaces]
         if self._agrees(orders, range(len(orders)), batch, answers):
             return
         self._check_steady(batch)
@@ -163,6 +163,21 @@ class Member:
     def observer(self, max_rows: MaxRows, seed: int) -> Observer:
         """What reads layers of this task."""
         return Observer(self.task, self.network, self.original, self.samples, max_rows, seed, self.answers)
+
+    def compared(self, layer: Layer, max_rows: MaxRows, seed: int) -> tuple[Observer, Tensor | None]:
+        """What reads a layer against the original network, and which of the original's rows each present one is.
+
+        Where units that lie along other axes of what the layer reads have moved, (sample, unit) stands in another place
+        than in the original network, and so in the answers that are remembered. The original then runs again, with its
+        own units moved likewise.
+        """
+        observer = self.observer(max_rows, seed)
+        if not any(space in self._orders for space in layer.beside):
+            return observer, self.original_rows(layer)
+        original = copy_of(self.original)
+        for space, order in self._orders.items():
+            self.structure.reorder(original, space, order)
+        return replace(observer, original=original, answers=Answers()), None
 
     def weights(self, layer: Layer) -> Tensor:
         """All incoming weights of a layer as they are now, [units, inputs * taps + 1], the bias last.
@@ -212,7 +227,10 @@ class Member:
         return (self.batch_norm(layer)[1].double() + layer.batch_norm.eps).sqrt()
 
     def place(self, space: int, joint: int, order: np.ndarray, slots: np.ndarray) -> None:
-        """Put the units of a space into a new order; the unit in place k then stands in slot `slots[k]`."""
+        """Put the units of a space into a new order, one that is allowed (`Space.allowed`).
+
+        The unit in place k then stands in slot `slots[k]`.
+        """
         self.structure.reorder(self.network, space, order)
         self._orders[space] = self._orders.get(space, np.arange(len(order)))[order]
         self.slots[space] = (joint, slots)

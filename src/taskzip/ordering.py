@@ -22,6 +22,8 @@ from taskzip.members import Member, Slots
 from taskzip.plan import Quota
 from taskzip.slots import assign_slots
 from taskzip.spaces import JointSpaces, Part
+from taskzip.starts import unlikeness
+from taskzip.wholes import partners, searched
 
 _WALKS = 5
 """At most so many walks through the networks; most settle after two or three."""
@@ -61,6 +63,8 @@ def stream_slots(
     slots: list[Slots] = [{} for _ in members]
     for task, member in enumerate(members):
         walk = _Walk(members, layers, spaces, sides, slots, task, quota, matching, seed)
+        for joint in spaces.read_first & set(coupled):
+            walk.begin(joint)
         for _ in range(_WALKS):
             before = {space: slots[task].get(space) for space in range(len(member.structure.spaces))}
             walk.through(coupled)
@@ -88,6 +92,18 @@ class _Walk:
         self._members, self._layers, self._spaces, self._sides = members, layers, spaces, sides
         self._slots, self._task, self._matching, self._seed = slots, task, matching, seed
 
+    def begin(self, joint: int) -> None:
+        """Somewhere to begin with a space that layers read before any writes it."""
+        spaces = [(t, space) for t, space in self._spaces.members_of(joint) if t <= self._task]
+        for space in [space for t, space in spaces if t == self._task]:
+            units = len(self._members[self._task].structure.spaces[space].units)
+            cost = _Costs.none(self._count(joint), units, Quota(units))
+            for t, settled in [each for each in spaces if each[0] < self._task]:
+                d = unlikeness(self._members[t], settled, self._members[self._task], space)
+                if d is not None:
+                    cost.add(self._slots[t][settled][1], d)
+            self._settle(space, joint, cost)
+
     def through(self, coupled: Collection[int]) -> None:
         """One walk: spaces of one layer follow at once; streams while they are new, and then again at the end."""
         known = set(self._slots[self._task])
@@ -110,18 +126,35 @@ class _Walk:
     def _settle(self, space: int, joint: int, cost: _Costs) -> None:
         mean = cost.mean()
         if np.isfinite(mean).any():
-            slots = np.arange(len(mean))
-            slots = assign_slots(mean, slots, len(mean), cost.quota, method=self._matching, seed=self._seed)
+            slots, count, within = np.arange(len(mean)), len(mean), self._within(space, joint, mean)
+            method, seed = self._matching, self._seed
+            slots = assign_slots(mean, slots, count, cost.quota, method=method, seed=seed, within=within)
         else:  # somewhere to begin: other layers may tell more in the next walk
             slots = np.arange(mean.shape[1])
         self._slots[self._task][space] = (joint, slots)
+
+    def _within(self, space: int, joint: int, cost: np.ndarray) -> np.ndarray | None:
+        """Where slots and units of a space are in wholes that belong together, [slots, units]."""
+        wholes = self._spaces.wholes(joint)
+        if wholes is None:
+            return None
+        slots = np.full(len(cost), -1)
+        for t, other in self._spaces.members_of(joint):
+            if t < self._task:
+                place, found = self._slots[t][other][1], np.empty(1 + wholes[t].max(), np.int64)
+                for whole in range(len(found)):
+                    known = slots[place[wholes[t] == whole]].max()
+                    found[whole] = whole if known < 0 else known
+                slots[place] = found[wholes[t]]
+        known, _ = searched(cost, self._matching, self._seed)
+        own = wholes[self._task]
+        return np.equal.outer(slots, partners(known, slots, own)[own])
 
     def _cost(self, layer: JointLayers, part: Part) -> _Costs:
         """The difference to the units of earlier tasks in each slot of the joint space."""
         task = self._task
         quota = self._quota(layer, part)
-        count = max((1 + int(slots.max()) for slots in self._settled(part.joint)), default=0)
-        cost = _Costs(np.zeros((count, len(part.rows[task]))), np.zeros((count, 1)), quota)
+        cost = _Costs.none(self._count(part.joint), len(part.rows[task]), quota)
         for t in [t for t in part.rows if t < task]:
             pair = {t: layer[t], task: layer[task]}
             common = align_inputs(self._members, pair, dict(enumerate(self._slots))).common([t], task)
@@ -132,13 +165,14 @@ class _Walk:
                     *(side.curvature(common) for side in sides),
                     rows=part.rows[task].shape[1],
                 )
-                slots = self._slots[t][part.spaces[t]][1]
-                cost.total[slots] += (d if quota.threshold is None else d.clamp_max(quota.threshold)).cpu().numpy()
-                cost.times[slots] += 1
+                d = d if quota.threshold is None else d.clamp_max(quota.threshold)
+                cost.add(self._slots[t][part.spaces[t]][1], d.cpu().numpy())
         return cost
 
-    def _settled(self, joint: int) -> list[np.ndarray]:
-        return [slots for t in range(self._task) for each, slots in self._slots[t].values() if each == joint]
+    def _count(self, joint: int) -> int:
+        """How many slots of a joint space earlier tasks fill."""
+        earlier = (found for t in range(self._task) for found in self._slots[t].values())
+        return max((1 + int(slots.max()) for each, slots in earlier if each == joint), default=0)
 
 
 @dataclass(frozen=True)
@@ -154,6 +188,16 @@ class _Costs:
     total: np.ndarray
     times: np.ndarray
     quota: Quota
+
+    @classmethod
+    def none(cls, slots: int, units: int, quota: Quota) -> _Costs:
+        """Before anything is known."""
+        return cls(np.zeros((slots, units)), np.zeros((slots, 1)), quota)
+
+    def add(self, slots: np.ndarray, difference: np.ndarray) -> None:
+        """Add what the units in some slots, each in its own, cost: [slots, units]."""
+        self.total[slots] += difference
+        self.times[slots] += 1
 
     def __add__(self, other: _Costs) -> _Costs:
         """Of two layers; the larger quota counts."""

@@ -131,6 +131,7 @@ def _prune_layer(member: Member, layer: Layer, count: int, settings: Settings) -
         costs = layer_costs(member, layer, statistics, weights, count, settings).flatten()
         kept = torch.zeros_like(costs).index_fill(0, costs.topk(count).indices, 1)
         weights[:, :-1] *= kept.view(len(weights), -1)
+        assert settings.ridge is not None
         weights = least_squares(statistics, weights, settings.ridge, bias=layer.bias is not None)
         member.changed = True
     settle(member, layer, statistics, weights, settings)

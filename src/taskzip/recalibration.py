@@ -11,12 +11,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from taskzip.curvature import LayerStatistics, Moments, damped, mean_squares
+from taskzip.curvature import LayerStatistics, Moments
 from taskzip.factored import Factored, restricted
 from taskzip.sparsity import fit, fit_on_support, solve_on_support, support
 
 _ROUNDING = 1e-9
 """Corrections below this, relative to a unit's spread, are rounding: units that agree stay exactly as they are."""
+
+_DEAD = 1e-6
+"""Mean squares of inputs are no smaller than this, relative to their mean over all inputs."""
 
 _MOST = 2.0
 """Scales are no larger, nor smaller than its inverse: what lost more than that is noise, or all but constant."""
@@ -27,37 +30,47 @@ def least_squares(
 ) -> Float[Tensor, "units d1"]:
     """Weights that, from the changed inputs, come closest to the original network's pre-activations.
 
-    Design 2.5, point 2. Minimises sum |W x - z|^2 + ridge * mean(diag G) * |W - W_present|^2 with G = sum x x^T.
+    Design 2.5, point 2. Minimises sum |W x - z|^2 + ridge * sum_i G_ii |W_i - W_present,i|^2 with G = sum x x^T.
 
     Args:
         statistics: the sums over changed inputs x and original answers z.
         weights: the present weights, towards which the ridge pulls; those that are 0 stay 0 (Sec. 3.6).
-        ridge: its strength, relative to the mean square of the inputs.
+        ridge: its strength, relative to each input's own mean square.
         bias: whether the layer has a bias; without one the last column stays as it is, zero.
     """
     d = weights.shape[1] if bias else weights.shape[1] - 1
     h, present = restricted(statistics.curvature, slice(0, d)), weights[:, :d]
     exists = support(present, bias=bias)
+    size = _mean_squares(h)
     if isinstance(h, Factored):
-        solved = _fitted(damped(h, ridge), statistics.answers, present, exists)
+        root = size.sqrt() if ridge else torch.ones_like(size)
+        solved = _fitted(h.rows / root, ridge, statistics.answers, present * root, exists) / root
     else:
-        pull = ridge * mean_squares(h)[:, None]
-        solved = solve_on_support(damped(h, ridge), statistics.cross[:d] + pull * present.mT, exists).mT
+        # What the data do not tell stays, however weak the ridge.
+        pull = statistics.cross[:d] - h @ present.mT
+        solved = present + solve_on_support(h + ridge * size.diag(), pull, exists).mT
     return solved if bias else torch.cat([solved, weights[:, d:]], dim=1)
 
 
+def _mean_squares(h: Float[Tensor, "d d"] | Factored) -> Float[Tensor, " d"]:
+    """The diagonal of a curvature; inputs that are all but dead count as having a small one."""
+    own = h.rows.square().sum(0) if isinstance(h, Factored) else h.diagonal()
+    return own.clamp_min(_DEAD * own.mean() + torch.finfo(own.dtype).tiny)
+
+
 def _fitted(
-    h: Factored,
+    rows: Float[Tensor, "n d"],
+    ridge: float,
     answers: Float[Tensor, "n units"],
     present: Float[Tensor, "units d"],
     exists: Bool[Tensor, "units d"] | None,
 ) -> Float[Tensor, "units d"]:
-    """Least squares over few rows: what they do not tell stays, or becomes 0 where no ridge holds it."""
-    prior = present if h.diagonal.any() else torch.zeros_like(present)
-    solved = fit(h, answers, prior)
+    """Least squares over few rows of inputs of mean square 1: what they do not tell stays."""
+    h = Factored(rows, torch.full_like(rows[0], ridge))
+    solved = fit(h, answers, present)
     if exists is not None:
         pruned = (~exists.all(1)).nonzero().flatten()
-        solved[pruned] = fit_on_support(h, answers[:, pruned], prior[pruned], exists[pruned])
+        solved[pruned] = fit_on_support(h, answers[:, pruned], present[pruned], exists[pruned])
     return solved
 
 

@@ -10,10 +10,18 @@ import numpy as np
 
 from taskzip.matching import Matching, Pairs, choose, match_costs
 from taskzip.plan import Quota
+from taskzip.wholes import searched, without_infinity
 
 
 def assign_slots(
-    cost: np.ndarray, slots: np.ndarray, count: int, quota: Quota, *, method: Matching, seed: int
+    cost: np.ndarray,
+    slots: np.ndarray,
+    count: int,
+    quota: Quota,
+    *,
+    method: Matching,
+    seed: int,
+    within: np.ndarray | None = None,
 ) -> np.ndarray:
     """A slot for every unit of a new task: first for those that are to share weights, then for the others.
 
@@ -24,11 +32,14 @@ def assign_slots(
         count: how many slots there are.
         quota: how many pairs will share their weights, and up to which d; these come first.
         method, seed: as for `match`.
+        within: where joint and new units are in wholes that belong together, [joint, new]; None where they are free.
 
     Returns:
         [new] slots; those from `count` on are new ones, for units that have nothing in common with what is there.
     """
     new = cost.shape[1]
+    if within is not None:
+        cost, method = searched(np.where(within, cost, np.inf), method, seed)
     nearest = np.full((count, new), np.inf)
     np.minimum.at(nearest, slots, cost)
     taken = np.full(new, -1)
@@ -36,7 +47,7 @@ def assign_slots(
         a, b = np.setdiff1d(np.arange(count), taken), np.flatnonzero(taken < 0)
         d = nearest[np.ix_(a, b)]
         limit = np.nanmax(d, initial=0, where=np.isfinite(d)) if threshold is None else threshold
-        finite = np.where(np.isfinite(d), d, 2 * limit + 1)
+        finite = np.where(np.isfinite(d), d, 2 * limit + 1) if within is None else without_infinity(d)
         i, j = match_costs(finite, min(pairs, *d.shape), method=method, seed=seed, threshold=threshold)
         good = d[i, j] <= limit
         taken[b[j[good]]] = a[i[good]]

@@ -45,6 +45,7 @@ class JointSpaces:
             for spaces in self._met(layer):
                 self._unite(spaces)
         self._writers: dict[int, list[int]] = {}
+        self._read_first: set[int] = set()
         self._twisted = {joint for joint in self._joint.values() if self._is_twisted(joint)}
         tasks: dict[int, set[int]] = {}
         for index, layer in enumerate(layers):
@@ -55,12 +56,18 @@ class JointSpaces:
             for t, each in layer.items():
                 for joint in self._read(t, each.columns):
                     if joint not in self._writers:
-                        self._twisted.add(joint)
+                        self._read_first.add(joint)
+        self._twisted |= self._read_first
 
     @property
     def streams(self) -> set[int]:
         """The joint spaces that several joint layers write."""
         return {joint for joint, writers in self._writers.items() if len(writers) > 1}
+
+    @property
+    def read_first(self) -> set[int]:
+        """The joint spaces that are read before a layer writes them: an embedding begins them, for one."""
+        return self._read_first
 
     @property
     def twisted(self) -> set[int]:
@@ -73,6 +80,13 @@ class JointSpaces:
     def members_of(self, joint: int) -> list[tuple[int, int]]:
         """The (task, space) of a joint space."""
         return [key for key, each in self._joint.items() if each == joint]
+
+    def wholes(self, joint: int) -> dict[int, np.ndarray] | None:
+        """Per task, to which whole each unit of its space belongs; None where not all of them have equally many."""
+        found = {t: self._members[t].structure.spaces[space].wholes for t, space in self.members_of(joint)}
+        known = {t: each for t, each in found.items() if each is not None}
+        alike = len({int(each.max()) for each in known.values()}) == 1
+        return known if alike and len(known) == len(self.members_of(joint)) else None
 
     def parts(self, layer: JointLayers) -> list[Part]:
         """The units of a joint layer by joint space, where at least two tasks have them."""

@@ -114,7 +114,7 @@ class Zipper:
         )
         for member, found in zip(self.members, slots, strict=True):
             for space, (joint, each) in found.items():
-                order = np.argsort(each)
+                order = member.structure.spaces[space].allowed(np.argsort(each))
                 member.place(space, joint, order, each[order])
 
     def _participants(self, layers: JointLayers) -> tuple[JointInputs, list[Part], str]:
@@ -192,7 +192,7 @@ class Zipper:
             how, aligned = self.settings, self._is_aligned(part) and not own
             pairing = Pairing(each, how.matching, how.seed, aligned, how.connections)
             common = None if inputs.cross else self.common.of(part)
-            joint = JointLayer(sides, inputs, part.rows, pairing, given, common)
+            joint = JointLayer(sides, inputs, part.rows, pairing, given, common, self.spaces.wholes(part.joint))
             if self.settings.spread:
                 joint.match_spread()
             joints.append(joint)
@@ -209,6 +209,7 @@ class Zipper:
             if space not in self.members[t].slots:
                 groups = sorted(joint.units_of(t).items(), key=lambda group: (-len(group[0]), group[0]))
                 order = torch.cat([units for _, units in groups]).cpu().numpy()
+                order = self.members[t].structure.spaces[space].allowed(order)
                 self.members[t].place(space, part.joint, order, joint.slots[t][order])
                 joint.reorder(t, order)
 
@@ -242,9 +243,9 @@ def observe(member: Member, layer: Layer, settings: Settings, sharing: bool) -> 
     changed = member.changed and not layer.reads_input and _follows(layer, settings)
     if changed and not member.answers.started:
         survey(member, settings, ())
-    observer = member.observer(settings.max_rows, settings.seed)
+    observer, rows = member.compared(layer, settings.max_rows, settings.seed)
     hold_out = settings.ridge is None and _to_solve(member, layer, settings)
-    statistics = observer.observe(layer, changed=changed, rows=member.original_rows(layer), hold_out=hold_out)
+    statistics = observer.observe(layer, changed=changed, rows=rows, hold_out=hold_out)
     member.answers.forget(layer.name)
     return statistics
 
@@ -294,8 +295,8 @@ def settle(
         member.set_weights(layer, weights)
         old, new = statistics.answer_moments(), statistics.moments(weights)
     elif member.changed and layer.batch_norm and not layer.reads_input:
-        observer = member.observer(settings.max_rows, settings.seed)
-        before, now = observer.observe_outputs(layer, member.original_rows(layer))
+        observer, rows = member.compared(layer, settings.max_rows, settings.seed)
+        before, now = observer.observe_outputs(layer, rows)
         old, new = before.answer_moments(), now.answer_moments()
     else:
         return

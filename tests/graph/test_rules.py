@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from graph.orders import Net, assert_orders_hold, movable
 from torch import Tensor, nn
+
+from taskzip.graph import Structure
 
 VECTORS = torch.randn(3, 5)
 SEQUENCES = torch.randn(3, 4, 11)
@@ -440,16 +443,72 @@ def test_layer_norm_over_channels_and_places() -> None:
 @pytest.mark.parametrize("groups", [1, 6])
 def test_group_norm_of_one_group_or_one_channel_each(groups: int) -> None:
     model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.GroupNorm(groups, 6), nn.Conv2d(6, 3, 1))
-    if groups == 1:
-        assert_orders_hold(model, IMAGES, free=["0"], moves={"1.weight": 0})
-    else:
-        assert_orders_hold(model, IMAGES)
+    assert_orders_hold(model, IMAGES, free=["0"], moves={"1.weight": 0})
 
 
-def test_group_norm_lets_units_move_within_their_group() -> None:
-    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.GroupNorm(2, 6), nn.Conv2d(6, 3, 1))
-    structure = assert_orders_hold(model, IMAGES, partly={"0": "3 units, 3 units"}, moves={"0.weight": 0})
-    assert [len(space.units) for space in structure.spaces] == [3, 3]
+def groups_of(structure: Structure, layer: str) -> list[list[int]]:
+    """Per space of a layer, the whole of each of its units."""
+    wholes = [structure.spaces[space].wholes for space in structure.layer(layer).spaces]
+    return [[] if each is None else each.tolist() for each in wholes]
+
+
+@pytest.mark.parametrize("groups", [2, 3])
+def test_groups_of_a_group_norm_move_as_wholes_and_units_inside(groups: int) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.GroupNorm(groups, 6), nn.Conv2d(6, 3, 1))
+    how = {"0": f"in {groups} groups that keep together"}
+    structure = assert_orders_hold(model, IMAGES, partly=how, moves={"0.weight": 0}, orders=5)
+    assert groups_of(structure, "0") == [np.arange(groups).repeat(6 // groups).tolist()]
+
+
+def test_groups_within_groups_of_norms_stay_in_the_larger_ones() -> None:
+    norms = nn.GroupNorm(2, 8), nn.GroupNorm(4, 8), nn.GroupNorm(4, 8), nn.GroupNorm(1, 8), nn.GroupNorm(8, 8)
+    model = nn.Sequential(nn.Conv2d(2, 8, 3), *norms, nn.Conv2d(8, 3, 1))
+    structure = assert_orders_hold(model, IMAGES, moves={"0.weight": 0}, orders=5)
+    assert groups_of(structure, "0") == [[0, 0, 1, 1]] * 2
+
+
+def test_groups_of_norms_that_overlap_stay() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 12, 3), nn.GroupNorm(2, 12), nn.GroupNorm(3, 12), nn.Conv2d(12, 3, 1))
+    structure = assert_orders_hold(model, IMAGES, orders=5)
+    assert [len(space.units) for space in structure.spaces if space.wholes is None] == [4, 2, 2, 4]
+
+
+def test_a_group_norm_over_layers_end_to_end() -> None:
+    """Groups of one layer change places with each other, not with those of the other; a mixed one stays."""
+    model = Net(
+        lambda m, x: m.out(m.norm(torch.cat([m.a(x), m.b(x)], 1))),
+        a=nn.Conv2d(2, 5, 3),
+        b=nn.Conv2d(2, 7, 3),
+        norm=nn.GroupNorm(6, 12),
+        out=nn.Conv2d(12, 3, 1),
+    )
+    how = {"a": "4 units, in 2 groups that keep together, 1 fixed"}
+    structure = assert_orders_hold(model, IMAGES, orders=5, partly=how)
+    assert groups_of(structure, "b") == [[0, 0, 1, 1, 2, 2]]
+
+
+def test_a_group_norm_over_a_shuffle_of_channels() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ChannelShuffle(2), nn.GroupNorm(4, 8), nn.Conv2d(8, 3, 1))
+    structure = assert_orders_hold(model, IMAGES, orders=5)
+    assert groups_of(structure, "0") == [[0, 1, 2, 3] * 2]
+
+
+def test_a_group_norm_over_units_that_lie_flat() -> None:
+    """Each channel is many elements: in one group, or in several, which then keep their order."""
+    inside = nn.Sequential(nn.Conv2d(2, 6, 3), nn.Flatten(), nn.GroupNorm(3, 54), nn.Linear(54, 2))
+    assert groups_of(assert_orders_hold(inside, IMAGES[..., :5, :5], orders=5), "0") == [[0, 0, 1, 1, 2, 2]]
+    across = nn.Sequential(nn.Conv2d(2, 6, 3), nn.Flatten(), nn.GroupNorm(4, 24), nn.Linear(24, 2))
+    assert_orders_hold(across, IMAGES[..., :4, :4])
+
+
+def test_a_group_norm_partly_over_units_that_stay() -> None:
+    def do(m: nn.Module, x: Tensor) -> Tensor:
+        x = m.norm(m.conv(x))
+        return torch.cat([m.out(x), x[:, :3].cumsum(1)], 1)
+
+    layers = {"conv": nn.Conv2d(2, 8, 3), "norm": nn.GroupNorm(4, 8), "out": nn.Conv2d(8, 3, 1)}
+    structure = assert_orders_hold(Net(do, **layers), IMAGES, orders=5)
+    assert groups_of(structure, "conv") == [[0, 0, 1, 1]]
 
 
 def test_instance_norm() -> None:
@@ -686,3 +745,26 @@ def test_channels_padded_with_zeros_stay_free() -> None:
     )
     structure = assert_orders_hold(model, IMAGES, free=["a"], partly={"b": "4 units, 3 fixed"}, moves={"a.weight": 0})
     assert movable(structure, "b.weight").tolist() == [False, True, True, True, True, False, False]
+
+
+def test_keys_that_several_heads_of_queries_read() -> None:
+    """Grouped queries: each head of keys is repeated, and moves with the queries that read it."""
+
+    def do(m: nn.Module, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (-1, 3)).transpose(1, 2) for layer in (m.q, m.k, m.v))
+        k, v = (t[:, :, None].expand(-1, -1, 3, -1, -1).reshape(q.shape) for t in (k, v))
+        return m.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    layers = {"q": nn.Linear(5, 18), "k": nn.Linear(5, 6), "v": nn.Linear(5, 6), "out": nn.Linear(18, 2)}
+    how = {"q": "2 units of 9 rows", "k": "2 units of 3 rows", "v": "2 units of 3 rows"}
+    assert_orders_hold(Net(do, **layers), torch.randn(2, 4, 5), partly=how)
+
+
+def test_copies_of_one_element_beside_its_units() -> None:
+    """Only the copies stay where they are."""
+    model = Net(
+        lambda m, x: m.out(m.first(x)[..., None].expand(-1, 6, 3).reshape(-1, 18).tanh()),
+        first=nn.Linear(4, 6),
+        out=nn.Linear(18, 2),
+    )
+    assert_orders_hold(model, torch.randn(3, 4), free=["first"])

@@ -16,6 +16,11 @@ from torch import Tensor, nn
 from taskzip.graph import Structure, analyse
 from taskzip.models import ResNet20
 
+
+def between(do: Callable[..., Tensor], **more: nn.Module | Tensor) -> tuple[nn.Module, tuple[int, ...]]:
+    return Net(do, **{"a": nn.Linear(6, 8), "b": nn.Linear(8, 3)} | more), VECTORS
+
+
 IMAGES, VECTORS = (3, 2, 8, 8), (5, 6)
 
 
@@ -50,22 +55,32 @@ FREE: dict[str, Callable[[], tuple[nn.Module, tuple[int, ...]]]] = {
     "prelu": lambda: (chain(nn.PReLU(8)), VECTORS),
     "batch-norm": lambda: (chain(nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout()), VECTORS),
     "batch-norm behind": lambda: (chain(nn.ReLU(), nn.BatchNorm1d(8)), VECTORS),
-    "a scale": lambda: (Net(lambda m, x: m.b(m.a(x) * m.s / 3), a=nn.Linear(6, 8), s=torch.rand(8), b=nn.Linear(8, 3)), VECTORS),
-    "a bias of its own": lambda: (Net(lambda m, x: m.b((m.a(x) + m.s).relu()), a=nn.Linear(6, 8), s=torch.rand(8), b=nn.Linear(8, 3)), VECTORS),
-    "a sum": lambda: (Net(lambda m, x: m.c((m.a(x) + m.b(x)).relu()), a=nn.Linear(6, 8), b=nn.Linear(6, 8), c=nn.Linear(8, 3)), VECTORS),
-    "called twice": lambda: (Net(lambda m, x: m.b(m.a(x) - m.a(x.flip(0))), a=nn.Linear(6, 8), b=nn.Linear(8, 3)), VECTORS),
+    "a scale": lambda: between(lambda m, x: m.b(m.a(x) * m.s / 3), s=torch.rand(8)),
+    "a bias of its own": lambda: between(lambda m, x: m.b((m.a(x) + m.s).relu()), s=torch.rand(8)),
+    "a sum": lambda: (
+        Net(lambda m, x: m.c((m.a(x) + m.b(x)).relu()), a=nn.Linear(6, 8), b=nn.Linear(6, 8), c=nn.Linear(8, 3)),
+        VECTORS,
+    ),
+    "called twice": lambda: between(lambda m, x: m.b(m.a(x) - m.a(x.flip(0)))),
     "halves": lambda: (
-        Net(lambda m, x: m.b(torch.cat([y.relu() for y in m.a(x).chunk(2, 1)], 1)), a=nn.Linear(6, 8), b=nn.Linear(8, 3)),
+        Net(
+            lambda m, x: m.b(torch.cat([y.relu() for y in m.a(x).chunk(2, 1)], 1)), a=nn.Linear(6, 8), b=nn.Linear(8, 3)
+        ),
         VECTORS,
     ),
     "flattened": lambda: (
-        nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64, 3)), IMAGES
+        nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64, 3)),
+        IMAGES,
     ),
-    "pooled": lambda: (Net(lambda m, x: m.b(F.pad(m.a(x), [1, 2]).mean((2, 3))), a=nn.Conv2d(2, 4, 3), b=nn.Linear(4, 3)), IMAGES),
+    "pooled": lambda: (
+        Net(lambda m, x: m.b(F.pad(m.a(x), [1, 2]).mean((2, 3))), a=nn.Conv2d(2, 4, 3), b=nn.Linear(4, 3)),
+        IMAGES,
+    ),
     "depthwise": lambda: (
-        nn.Sequential(nn.Conv2d(2, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=4), nn.ReLU(), nn.Conv2d(4, 3, 1)), IMAGES
+        nn.Sequential(nn.Conv2d(2, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=4), nn.ReLU(), nn.Conv2d(4, 3, 1)),
+        IMAGES,
     ),
-}  # fmt: skip
+}
 
 RIGID: dict[str, Callable[[], tuple[nn.Module, tuple[int, ...]]]] = {
     "gelu": lambda: (chain(nn.GELU()), VECTORS),
@@ -74,26 +89,36 @@ RIGID: dict[str, Callable[[], tuple[nn.Module, tuple[int, ...]]]] = {
     "softmax": lambda: (chain(nn.Softmax(1)), VECTORS),
     "layer-norm": lambda: (chain(nn.LayerNorm(8)), VECTORS),
     "batch-norm without a scale": lambda: (chain(nn.BatchNorm1d(8, affine=False)), VECTORS),
-    "a constant": lambda: (Net(lambda m, x: m.b((m.a(x) + 1).relu()), a=nn.Linear(6, 8), b=nn.Linear(8, 3)), VECTORS),
-    "its square": lambda: (Net(lambda m, x: m.b(m.a(x) * m.a(x)), a=nn.Linear(6, 8), b=nn.Linear(8, 3)), VECTORS),
-    "a gate": lambda: (Net(lambda m, x: m.b(m.a(x) * m.a(x).sigmoid()), a=nn.Linear(6, 8), b=nn.Linear(8, 3)), VECTORS),
+    "a constant": lambda: between(lambda m, x: m.b((m.a(x) + 1).relu())),
+    "its square": lambda: between(lambda m, x: m.b(m.a(x) * m.a(x))),
+    "a gate": lambda: between(lambda m, x: m.b(m.a(x) * m.a(x).sigmoid())),
     "the mean over units": lambda: (
-        Net(lambda m, x: m.b(m.a(x) - m.a(x).mean(1, keepdim=True)), a=nn.Linear(6, 8), b=nn.Linear(8, 3)), VECTORS
+        Net(lambda m, x: m.b(m.a(x) - m.a(x).mean(1, keepdim=True)), a=nn.Linear(6, 8), b=nn.Linear(8, 3)),
+        VECTORS,
     ),
-    "a divisor": lambda: (Net(lambda m, x: m.b(x.sum() / m.a(x)), a=nn.Linear(6, 8), b=nn.Linear(8, 3)), VECTORS),
+    "a divisor": lambda: between(lambda m, x: m.b(x.sum() / m.a(x))),
     "a weight made as it runs": lambda: (
         Net(lambda m, x: F.linear(m.a(x).relu(), m.w * m.s), a=nn.Linear(6, 8), w=torch.rand(3, 8), s=torch.rand(3, 1)),
         VECTORS,
     ),
-    "a product of matrices": lambda: (Net(lambda m, x: m.a(x).relu() @ m.w, a=nn.Linear(6, 8), w=torch.rand(8, 3)), VECTORS),
+    "a product of matrices": lambda: (
+        Net(lambda m, x: m.a(x).relu() @ m.w, a=nn.Linear(6, 8), w=torch.rand(8, 3)),
+        VECTORS,
+    ),
     "a layer along another axis": lambda: (
-        Net(lambda m, x: m.c(m.b(m.a(x).flatten(2)).mean(2)), a=nn.Conv2d(2, 4, 1), b=nn.Linear(64, 5), c=nn.Linear(4, 3)),
+        Net(
+            lambda m, x: m.c(m.b(m.a(x).flatten(2)).mean(2)),
+            a=nn.Conv2d(2, 4, 1),
+            b=nn.Linear(64, 5),
+            c=nn.Linear(4, 3),
+        ),
         IMAGES,
     ),
     "something broadcast": lambda: (
-        Net(lambda m, x: m.b(m.a(x) + x[:, :1]), a=nn.Linear(6, 8), b=nn.Linear(8, 3)), VECTORS
+        Net(lambda m, x: m.b(m.a(x) + x[:, :1]), a=nn.Linear(6, 8), b=nn.Linear(8, 3)),
+        VECTORS,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FREE)

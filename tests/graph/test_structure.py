@@ -26,6 +26,23 @@ def test_positions_of_units() -> None:
     assert space.positions(np.empty(0, np.int64)).shape == (2, 0)
 
 
+@pytest.mark.parametrize("wholes", [[0, 0, 1, 1, 2, 2], [0, 1, 2, 0, 1, 2], [0, 1, 1, 0, 0, 1]])
+def test_the_nearest_order_in_which_wholes_keep_together(wholes: list[int]) -> None:
+    space, rng = Space(np.arange(6), np.array(wholes)), np.random.default_rng(0)
+    for _ in range(20):
+        wanted = rng.permutation(6)
+        order = space.allowed(wanted)
+        assert sorted(order) == list(range(6))
+        pairs = {(wholes[place], wholes[unit]) for place, unit in enumerate(order)}
+        assert len(pairs) == len(set(wholes))  # each whole stands where one whole stood
+        assert space.allowed(order).tolist() == order.tolist()
+        assert wholes[order[0]] == wholes[wanted[0]] and order[0] == wanted[0]
+
+
+def test_any_order_is_allowed_where_units_are_free() -> None:
+    assert Space(np.arange(3)).allowed([2, 0, 1]).tolist() == [2, 0, 1]
+
+
 def test_the_space_of_each_column() -> None:
     structure = Structure((), (Space(np.array([7, 3])), Space(np.array([4, 5]))), {}, Scales((), {}, ()))
     assert structure.space_of(np.array([3, 5, 9, 7, 4])).tolist() == [0, 1, -1, 0, 1]

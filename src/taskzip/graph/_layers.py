@@ -77,7 +77,9 @@ class Reading:
             for kind, count in zip(*np.unique(kinds, return_counts=True), strict=True):
                 if kind != PINNED and count > 1 and kind not in space_of:
                     space_of[int(kind)] = len(spaces)
-                    spaces.append(Space(units[kinds == kind]))
+                    inside = units[kinds == kind]
+                    wholes = self._units.wholes(inside)
+                    spaces.append(Space(inside, wholes if (wholes >= 0).all() else None))
         return tuple(spaces), space_of
 
     def _scales(self, spaces: Sequence[Space]) -> Scales:
@@ -107,8 +109,14 @@ class Reading:
             reads_input=all(call.raw for call in uses) and columns is None,
             pinned=pinned,
             solvable=first.groups == 1 and not entangled,
+            beside=self._beside(uses, space_of),
             batch_norm=self._batch_norm(uses),
         )
+
+    def _beside(self, uses: Sequence[Call], space_of: Mapping[int, int]) -> tuple[int, ...]:
+        """The spaces along other axes than the one that a layer reads."""
+        kinds = {kind for call in uses for ids in call.beside for kind in self._units.classes(ids).tolist()}
+        return tuple(sorted(space_of[kind] for kind in kinds if kind in space_of))
 
     def _entangled(self, weight: str) -> str:
         """How new weights for a layer would change more than its own outputs, or ""."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from torch.fx import Node
 
 from taskzip.graph._nodes import Arguments, first, op_name, unknown
@@ -14,7 +15,7 @@ def linear(c: Context, node: Node, a: Arguments) -> Strands | list[Strands]:
     if len(weight) != 2:
         return unknown(c, node, "a linear layer without an axis of units")
     reads = c.unify(axes[-1], weight[1], "read in a fixed order")
-    _record(c, node, a, "linear", reads, groups=1)
+    _record(c, node, a, "linear", reads, axes[:-1], groups=1)
     return (*axes[:-1], _with_bias(c, weight[0], a))
 
 
@@ -27,7 +28,7 @@ def convolution(c: Context, node: Node, a: Arguments) -> Axes:
     else:
         c.pin(weight[1:2], "the inputs of a group")
         rows = _tied(c, reads, rows, groups, shape_of(node)[channel])
-    _record(c, node, a, f"conv{len(weight) - 2}d", reads, groups)
+    _record(c, node, a, f"conv{len(weight) - 2}d", reads, axes[:channel], groups)
     return (*axes[:channel], _with_bias(c, rows, a), *[None] * (len(weight) - 2))
 
 
@@ -60,10 +61,11 @@ def _with_bias(c: Context, rows: Ids | None, a: Arguments) -> Ids | None:
     return rows if a["bias"] is None else c.unify(rows, c.axes(a["bias"])[0], "the bias of a fixed layer")
 
 
-def _record(c: Context, node: Node, a: Arguments, kind: str, reads: Ids | None, groups: int) -> None:
+def _record(c: Context, node: Node, a: Arguments, kind: str, reads: Ids | None, others: Axes, groups: int) -> None:
     value = c.values[a["input"]]
     raw = not isinstance(value, list) and value.raw
-    c.calls.append(Call(node, kind, a["weight"], a["bias"], reads, raw, groups))
+    beside = tuple(ids for ids in others if ids is not None)
+    c.calls.append(Call(node, kind, a["weight"], a["bias"], reads, beside, raw, groups))
 
 
 def matmul(c: Context, node: Node, a: Arguments) -> Axes:
@@ -140,11 +142,10 @@ def norm_of_each(c: Context, node: Node, a: Arguments) -> Axes:
 
 
 def group_norm(c: Context, node: Node, a: Arguments) -> Axes:
-    """Only channels of the same group are alike."""
+    """Channels of the same group keep together."""
     channels, groups = c.axes(a["input"])[1], a["num_groups"]
-    size = shape_of(a["input"])[1] // groups
-    for group in range(groups):
-        c.take(channels, slice(group * size, (group + 1) * size))
+    if channels is not None:
+        c.units.keep_together(channels, np.arange(groups).repeat(len(channels) // groups))
     return norm_of_each(c, node, a)
 
 

@@ -37,7 +37,13 @@ def expand(c: Context, node: Node, a: Arguments) -> Axes:
     if all(value.raw for value in flat(c.values[source])):  # inputs stay in a fixed order
         return axes
     spread = (s == 1 < t for s, t in zip(before, shape, strict=True))
-    return tuple(c.units.fresh(t) if new else ids for new, ids, t in zip(spread, axes, shape, strict=True))
+    return tuple(_copies(c, t) if new else ids for new, ids, t in zip(spread, axes, shape, strict=True))
+
+
+def _copies(c: Context, count: int) -> Ids:
+    ids = c.units.fresh(count)
+    c.copies.update(ids.tolist())
+    return ids
 
 
 def repeat(c: Context, node: Node, a: Arguments) -> Axes:

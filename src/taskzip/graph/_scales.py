@@ -18,76 +18,8 @@ from taskzip.graph._values import Context, Strands, flat, shape_of
 Powers = Mapping[str, tuple[int, ...]]
 """Per tensor of a network, per axis: by which power of its units' scales it is multiplied."""
 
-_SAME = [
-    "relu",
-    "leaky_relu",
-    "prelu",
-    "abs",
-    "dropout",
-    "feature_dropout",
-    "contiguous",
-    "clone",
-    "detach",
-    "alias",
-    "to",
-    "_to_copy",
-    "type_as",
-    "getitem",
-    "view",
-    "reshape",
-    "view_as",
-    "reshape_as",
-    "flatten",
-    "unflatten",
-    "squeeze",
-    "unsqueeze",
-    "ravel",
-    "_unsafe_view",
-    "permute",
-    "transpose",
-    "t",
-    "mT",
-    "swapaxes",
-    "swapdims",
-    "movedim",
-    "moveaxis",
-    "channel_shuffle",
-    "native_channel_shuffle",
-    "slice",
-    "select",
-    "unbind",
-    "split",
-    "split_with_sizes",
-    "chunk",
-    "tensor_split",
-    "index_select",
-    "cat",
-    "concat",
-    "concatenate",
-    "embedding",
-    "max_pool1d",
-    "max_pool2d",
-    "max_pool3d",
-    "avg_pool1d",
-    "avg_pool2d",
-    "avg_pool3d",
-    "max_pool2d_with_indices",
-    "adaptive_avg_pool1d",
-    "adaptive_avg_pool2d",
-    "adaptive_avg_pool3d",
-    "adaptive_max_pool1d",
-    "adaptive_max_pool2d",
-    "adaptive_max_pool3d",
-    "upsample_nearest1d",
-    "upsample_nearest2d",
-    "upsample_nearest3d",
-    "upsample_linear1d",
-    "upsample_bilinear2d",
-    "_assert_tensor_metadata",
-    "zeros_like",
-    "new_zeros",
-]
-"""Ops that are homogeneous in each unit by itself, wherever the units lie."""
+Rule = Callable[[Context, Node], Iterator[Strands]]
+"""Gives the axes on which units become rigid."""
 
 
 class Norm(NamedTuple):
@@ -167,14 +99,31 @@ def _batch_norm(c: Context, node: Node) -> Iterator[Strands]:
         yield from _nothing_kept(c, node)
 
 
-_RULES: dict[str, Callable[[Context, Node], Iterator[Strands]]] = {
-    **dict.fromkeys(_SAME, _all_kept),
-    **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
-    **dict.fromkeys(("mean", "sum", "amax", "amin", "max", "min"), _reduction),
-    **dict.fromkeys(("add", "sub", "subtract"), _sum),
-    **dict.fromkeys(("mul", "multiply", "div", "divide"), _product),
-    **dict.fromkeys(("linear", "conv1d", "conv2d", "conv3d"), _layer),
-    "batch_norm": _batch_norm,
+def _table(rule: Rule, names: str) -> dict[str, Rule]:
+    return dict.fromkeys(names.split(), rule)
+
+
+_RULES: dict[str, Rule] = {
+    **_table(_all_kept, "relu leaky_relu prelu abs dropout feature_dropout embedding getitem"),
+    **_table(
+        _all_kept, "contiguous clone detach alias to _to_copy type_as _assert_tensor_metadata zeros_like new_zeros"
+    ),
+    **_table(_all_kept, "view reshape view_as reshape_as flatten unflatten squeeze unsqueeze ravel _unsafe_view"),
+    **_table(_all_kept, "permute transpose t mT swapaxes swapdims movedim moveaxis"),
+    **_table(_all_kept, "slice select unbind split split_with_sizes chunk tensor_split index_select"),
+    **_table(_all_kept, "cat concat concatenate channel_shuffle native_channel_shuffle"),
+    **_table(_all_kept, "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d max_pool2d_with_indices"),
+    **_table(_all_kept, "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d"),
+    **_table(_all_kept, "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d"),
+    **_table(
+        _all_kept, "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d"
+    ),
+    **_table(_pad, "pad constant_pad_nd"),
+    **_table(_reduction, "mean sum amax amin max min"),
+    **_table(_sum, "add sub subtract"),
+    **_table(_product, "mul multiply div divide"),
+    **_table(_layer, "linear conv1d conv2d conv3d"),
+    **_table(_batch_norm, "batch_norm"),
 }
 
 

@@ -7,6 +7,9 @@ draws the conclusions, so they do not depend on the order in which the facts wer
 To exchange two units means, along every axis, to exchange the first places where they occur, the second ones, and so
 on. That is possible for units that occur equally often along every axis and, where an axis is cut from another or put
 in a new order, with the same occurrences in the same order. Such units form a *class*.
+
+Units of a class may also keep together in *wholes*, all of one size, as the channels in a group of a group-norm do:
+then only wholes change places, and units inside of a whole.
 """
 
 from __future__ import annotations
@@ -15,11 +18,10 @@ import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-Ids = np.ndarray
-"""int64 array of unit ids, one per index of a tensor axis."""
+from taskzip.graph._classes import PINNED, Ids, occurrence, patterns, split
+from taskzip.graph._wholes import settle_wholes
 
-PINNED = 0
-"""The class of units that never move."""
+__all__ = ["PINNED", "Ids", "SettledUnits", "Units"]
 
 
 class Units:
@@ -31,6 +33,7 @@ class Units:
         self._parts: list[tuple[Ids, np.ndarray]] = []
         self._taken: list[tuple[Ids, np.ndarray]] = []
         self._pins: list[tuple[Ids, str]] = []
+        self._together: list[tuple[Ids, np.ndarray]] = []
 
     def fresh(self, count: int) -> Ids:
         """An axis of `count` new units."""
@@ -63,6 +66,10 @@ class Units:
         """Places along an axis with different labels are not alike."""
         self._parts.append((ids, labels))
 
+    def keep_together(self, ids: Ids, labels: np.ndarray) -> None:
+        """Places along an axis with equal labels, from 0, stay together; all labels are equally many times there."""
+        self._together.append((ids, labels))
+
     def take(self, ids: Ids, index: np.ndarray) -> Ids:
         """An axis that holds at each place what another one holds at `index`."""
         self._taken.append((ids, index))
@@ -73,17 +80,18 @@ class Units:
         root = self._roots()
         kind = np.full(self._count, PINNED + 1)
         for ids, labels in self._parts:
-            _split(kind, *_patterns(root[ids], labels))
+            split(kind, *patterns(root[ids], labels))
         for ids, index in self._taken:
             units = root[ids]
-            found, pattern = _patterns(units[index], _occurrence(units)[index])
+            found, pattern = patterns(units[index], occurrence(units)[index])
             elsewhere = np.setdiff1d(units, found)
-            _split(kind, np.append(found, elsewhere), np.append(pattern, np.zeros(len(elsewhere), np.int64)))
+            split(kind, np.append(found, elsewhere), np.append(pattern, np.zeros(len(elsewhere), np.int64)))
         why = np.full(self._count, -1)
         for index, (ids, _) in reversed(list(enumerate(self._pins))):
             why[root[ids]] = index
         kind[why >= 0] = PINNED
-        return SettledUnits(root, kind, why, [reason for _, reason in self._pins])
+        whole = settle_wholes(kind, [(root[ids], labels) for ids, labels in self._together])
+        return SettledUnits(root, kind, why, [reason for _, reason in self._pins], whole)
 
     def _roots(self) -> Ids:
         """Per id, the first id of the same unit."""
@@ -98,8 +106,8 @@ class Units:
 class SettledUnits:
     """Per id its unit (the first id of it), per unit its class and, where it is pinned, why."""
 
-    def __init__(self, root: Ids, kind: np.ndarray, why: np.ndarray, reasons: list[str]) -> None:
-        self._root, self._kind, self._why, self._reasons = root, kind, why, reasons
+    def __init__(self, root: Ids, kind: np.ndarray, why: np.ndarray, reasons: list[str], whole: np.ndarray) -> None:
+        self._root, self._kind, self._why, self._reasons, self._whole = root, kind, why, reasons, whole
 
     def roots(self, ids: Ids) -> Ids:
         """The ids that stand for these units."""
@@ -109,35 +117,12 @@ class SettledUnits:
         """The class of each unit."""
         return self._kind[self._root[ids]]
 
+    def wholes(self, ids: Ids) -> np.ndarray:
+        """The whole of each unit, -1 where it need not keep together with others of its class."""
+        return self._whole[self._root[ids]]
+
     def reason(self, ids: Ids) -> str:
         """Why the first of these units that is pinned may not move, or ""."""
         pinned = self._why[self._root[ids]]
         pinned = pinned[pinned >= 0]
         return self._reasons[pinned[0]] if len(pinned) else ""
-
-
-def _occurrence(units: Ids) -> np.ndarray:
-    """Per place along an axis, how many times its unit occurred before."""
-    order = np.argsort(units, kind="stable")
-    _, start, counts = np.unique(units[order], return_index=True, return_counts=True)
-    before = np.empty(len(units), np.int64)
-    before[order] = np.arange(len(units)) - start.repeat(counts)
-    return before
-
-
-def _patterns(units: Ids, labels: np.ndarray) -> tuple[Ids, np.ndarray]:
-    """The units along an axis, and for each a number, from 1, for the labels of its occurrences one after another."""
-    order = np.argsort(units, kind="stable")
-    found, start, counts = np.unique(units[order], return_index=True, return_counts=True)
-    pattern = np.zeros(len(found), np.int64)
-    for count in np.unique(counts).tolist():
-        alike = counts == count
-        rows = labels[order[start[alike][:, None] + np.arange(count)]]
-        pattern[alike] = pattern.max(initial=0) + 1 + np.unique(rows, axis=0, return_inverse=True)[1].ravel()
-    return found, pattern
-
-
-def _split(kind: np.ndarray, units: Ids, pattern: np.ndarray) -> None:
-    """Units with different patterns are not alike, nor like the units of their class that are not named here."""
-    keys = np.stack([kind[units], pattern])
-    kind[units] = kind.max(initial=0) + 1 + np.unique(keys, axis=1, return_inverse=True)[1].ravel()

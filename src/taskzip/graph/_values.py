@@ -45,13 +45,19 @@ class Value:
 
 @dataclass(frozen=True)
 class Call:
-    """One use of a layer's weight: which node reads which input, with which arguments."""
+    """One use of a layer's weight: which node reads which input, with which arguments.
+
+    Attributes:
+        reads: the units along the axis that the layer reads.
+        beside: the units along the other axes of what it reads, those that lie along any.
+    """
 
     node: Node
     kind: str
     weight: Node
     bias: Node | None
     reads: Ids | None
+    beside: tuple[Ids, ...]
     raw: bool
     groups: int
 
@@ -66,6 +72,7 @@ class Context:
         names: the name of each tensor of the network, by its node.
         constants: the tensors that are written into the graph, by their nodes.
         rigid: the units whose scale may not change (`_scales`).
+        copies: the units of axes over which one element is spread.
     """
 
     def __init__(self) -> None:
@@ -77,11 +84,13 @@ class Context:
         self.names: dict[Node, str] = {}
         self.constants: dict[Node, Tensor] = {}
         self.rigid: list[Ids] = []
+        self.copies: set[int] = set()
 
     def further(self) -> Context:
         """For another call of the same network: units and tensors are the same, nodes and layers are its own."""
         other = Context()
-        other.units, other.parameters, other.rigid = self.units, self.parameters, self.rigid
+        other.units, other.parameters = self.units, self.parameters
+        other.rigid, other.copies = self.rigid, self.copies
         return other
 
     def add_parameter(self, node: Node, name: str) -> None:

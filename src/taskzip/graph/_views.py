@@ -15,7 +15,8 @@ def reshaped(c: Context, axes: Strands, before: tuple[int, ...], after: tuple[in
     """The axes after a row-major reshape from shape `before` to shape `after`.
 
     A flattened channel becomes H * W columns that carry its unit; splitting them again gives the channel back. An axis
-    of units that is split becomes several strands. Where two axes with units of their own become one, these are pinned.
+    of units that is split becomes several strands. Where two axes with units of their own become one, these are pinned;
+    where one of them only holds copies of the other (keys that several heads of queries read), the copies are.
     """
     out: list[Ids | Strand | None] = [None] * len(after)
     if math.prod(before) != math.prod(after) or 0 in before:  # the same bytes read as another type; no elements
@@ -24,6 +25,8 @@ def reshaped(c: Context, axes: Strands, before: tuple[int, ...], after: tuple[in
     grids = _grids(axes)
     for old, new in _joined(_groups(before, after), [set(dims) for dims, _ in grids]):
         carrying = [(dims, grid) for dims, grid in grids if set(dims) <= set(old)]
+        if len(carrying) > 1:
+            carrying = _without_copies(c, carrying, reason)
         if len(carrying) != 1:
             c.pin(tuple(grid.ravel() for _, grid in carrying), reason)
             continue
@@ -33,6 +36,15 @@ def reshaped(c: Context, axes: Strands, before: tuple[int, ...], after: tuple[in
         place = np.broadcast_to(place, [before[i] for i in old]).reshape([after[j] for j in new])
         _lay(c, grid.ravel(), place, new, out)
     return tuple(out)
+
+
+def _without_copies(c: Context, carrying: list[tuple[list[int], Ids]], reason: str) -> list[tuple[list[int], Ids]]:
+    """All that carries units of its own; copies, if there is anything else, stay in their order from now on."""
+    own = [each for each in carrying if not c.copies.issuperset(each[1].ravel().tolist())]
+    if not own:
+        return carrying
+    c.pin(tuple(grid.ravel() for _, grid in carrying if c.copies.issuperset(grid.ravel().tolist())), reason)
+    return own
 
 
 def cut(c: Context, axes: Strands, dim: int, index: int | slice) -> Strands:

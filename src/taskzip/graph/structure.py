@@ -51,6 +51,8 @@ class Layer:
         pinned: why none of the rows can be shared, or "".
         solvable: whether a unit reads all inputs, so that least squares can solve for its weights.
         batch_norm: the batch-norm that is all that reads this layer, if any.
+        beside: the spaces along the other axes of what it reads: what it is applied to, sample by sample and unit by
+            unit, lies in their order (token mixing).
     """
 
     name: str
@@ -68,6 +70,7 @@ class Layer:
     pinned: str
     solvable: bool = True
     batch_norm: BatchNormNames | None = None
+    beside: tuple[int, ...] = ()
 
     @property
     def form(self) -> str:
@@ -82,9 +85,16 @@ class Layer:
 
 @dataclass(frozen=True)
 class Space:
-    """Units that may change places: their ids, in the order in which they lie at present."""
+    """Units that may change places.
+
+    Attributes:
+        units: their ids, in the order in which they lie at present.
+        wholes: the number of the whole to which each belongs, from 0, all of one size; None where all units may move
+            freely. Wholes change places with each other (the groups of a group-norm), and units inside of a whole.
+    """
 
     units: Ids
+    wholes: np.ndarray | None = None
 
     def positions(self, ids: Ids) -> np.ndarray:
         """Where the units lie along an axis: [units, times each unit occurs], empty where they do not."""
@@ -92,6 +102,18 @@ class Space:
         slots = order[np.searchsorted(self.units, ids, sorter=order).clip(max=len(order) - 1)]
         here = np.flatnonzero(self.units[slots] == ids)
         return here[np.argsort(slots[here], kind="stable")].reshape(len(order), -1)
+
+    def allowed(self, order: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The order nearest to the one wanted in which wholes keep together: that of the first unit of each whole."""
+        wanted = np.asarray(order)
+        if self.wholes is None:
+            return wanted
+        places = np.argsort(self.wholes, kind="stable").reshape(1 + self.wholes.max(), -1)  # [wholes, units of each]
+        rank = np.argsort(wanted)[places]
+        units = np.take_along_axis(places, np.argsort(rank, axis=1), axis=1)[np.argsort(rank.min(axis=1))]
+        found = np.empty_like(wanted)
+        found[places[np.argsort(places[:, 0])]] = units
+        return found
 
 
 @dataclass(frozen=True)
@@ -154,7 +176,11 @@ class Structure:
         return found
 
     def reorder(self, model: nn.Module, space: int, order: Sequence[int] | np.ndarray) -> None:
-        """Put unit `order[k]` of a space into place k, in every tensor of `model` on which the space lies."""
+        """Put unit `order[k]` of a space into place k, in every tensor of `model` on which the space lies.
+
+        Where units keep together in wholes, in the nearest order that is allowed (`Space.allowed`).
+        """
+        order = self.spaces[space].allowed(order)
         tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         for name, axes in self.axes.items():
             for dim, ids in enumerate(axes):
@@ -163,7 +189,7 @@ class Structure:
                 positions = self.spaces[space].positions(ids)
                 if positions.size:
                     index = np.arange(len(ids))
-                    index[positions.ravel()] = positions[np.asarray(order)].ravel()
+                    index[positions.ravel()] = positions[order].ravel()
                     _permute(tensors[name], dim, index)
 
     def rescale(self, model: nn.Module, space: int, scale: np.ndarray) -> None:
@@ -198,6 +224,9 @@ class Structure:
                 said.append(f"{part.shape[0]} units of {part.shape[1]} rows")
             elif not whole:
                 said.append(f"{part.shape[0]} units")
+        for wholes in [self.spaces[space].wholes for space in layer.spaces]:
+            if wholes is not None:
+                said.append(f"in {1 + wholes.max()} groups that keep together")
         free = sum(part.size for part in self.parts(layer).values())
         if free < layer.units:
             said.append(f"{layer.units - free} fixed")
