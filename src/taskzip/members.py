@@ -17,7 +17,7 @@ from taskzip.graph import Layer, Structure, analyse
 from taskzip.observation import MaxRows, Observer, evaluating, run_batch
 from taskzip.task import Batch, Task
 from taskzip.zipped.blocks import installed
-from taskzip.zipped.folding import fold, foldable
+from taskzip.zipped.folding import Fold, fold, foldable
 
 Owners = tuple[int, ...]
 """The tasks that own a unit, by their numbers, ascending."""
@@ -36,7 +36,8 @@ class Member:
         network: the working copy, zipped in place, in eval mode.
         structure: layers and spaces of the network.
         original: the network that `network` should agree with: the caller's, or a copy with batch-norm folded.
-        folded: the batch-norms that were folded into the layers before them.
+        folded: the layers that batch-norms were folded into, before or behind them, and these batch-norms.
+        unfolded: where folding was wanted, the batch-norms that stay private, and why.
         samples: how many samples the calibration data hold.
         slots: per space that has been put into order, the joint space, and in which of its slots each unit stands.
         changed: whether anything upstream may differ from the original network.
@@ -51,8 +52,9 @@ class Member:
         batch = next(task.batches())
         answers = self._first_answers(batch)
         self.structure = self._analyse(batch)
-        self.folded = foldable(self.network, self.structure.layers) if fold_batch_norm else []
-        self.original = self._fold(batch, answers) if self.folded else task.model
+        folds, self.unfolded = foldable(self.network, self.structure) if fold_batch_norm else ([], {})
+        self.folded = [(each.layer, each.norm) for each in folds]
+        self.original = self._fold(folds, batch, answers) if folds else task.model
         self._check_orders(batch, answers, seed)
         self.slots: Slots = {}
         self._orders: dict[int, np.ndarray] = {}  # per space, which of the original's units stands in each place
@@ -81,9 +83,9 @@ class Member:
         except GraphError as error:
             raise GraphError(f"task {self.task.name!r}: {error}") from error
 
-    def _fold(self, batch: Batch, answers: Any) -> nn.Module:
+    def _fold(self, folds: Sequence[Fold], batch: Batch, answers: Any) -> nn.Module:
         """Fold batch-norms in the working copy, and read it again; a copy of it becomes the network to agree with."""
-        fold(self.network, self.folded)
+        fold(self.network, folds)
         try:
             self.structure = self._analyse(batch)
         except GraphError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from rich.progress import Progress
 
 from taskzip.correspondence import JointLayers, Layers, correspond
 from taskzip.curves import Curve
-from taskzip.errors import InputError
+from taskzip.errors import InputError, TaskzipWarning
 from taskzip.flops import record_flops
 from taskzip.matching import Matching
 from taskzip.members import Member
@@ -25,6 +26,7 @@ from taskzip.settings import Compensation, Norms, Residual, Settings, read_setti
 from taskzip.sparsity import Connections
 from taskzip.task import Task
 from taskzip.zipped import ZippedModel
+from taskzip.zipped.folding import listed
 from taskzip.zipper import Zipper, layer_name
 
 log = logging.getLogger("taskzip")
@@ -90,8 +92,9 @@ def zip_tasks(
         connections: of pruned networks, which a merged unit has: those of the unit that has more of them ("denser",
             Sec. 3.6), or all that any of its units has ("any"), which loses less and saves fewer.
         batch_norm: "private": every task keeps its own, and its statistics follow the merged weights (design 2.4);
-            "fold": it becomes part of the layer before it, so that fully shared layers are common to all tasks. One
-            that does not directly follow a layer stays private.
+            "fold": it becomes part of the layer directly before it, else of the layers that read it (behind an
+            activation, where these do not pad and nothing but pooling and the like stands between), so that fully
+            shared layers are common to all tasks. What can be neither stays private, and a warning says which and why.
         layers: which layers belong together: "order", "name", or a dict from the first task's layers to those of the
             second, or to dicts by task name. Default: by order where the networks have equally many, else by name.
             A layer without a partner stays private.
@@ -161,9 +164,11 @@ def _zip_layers(tasks: Sequence[Task], settings: Settings, progress: bool) -> tu
     _check_names("retrain", settings.retraining.named(), layers)
     settings.retraining.check(tasks)
     zipped = ZippedModel({member.task.name: member.network for member in members})
+    _say_what_is_not_folded(members)
     zipped.history.settings = settings.as_dict() | {
         "samples": {m.task.name: m.samples for m in members},
         "folded": {m.task.name: m.folded for m in members},
+        "unfolded": {m.task.name: m.unfolded for m in members},
         "connections": {m.task.name: m.connections() for m in members},
     }
     with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
@@ -181,6 +186,14 @@ def _zip_layers(tasks: Sequence[Task], settings: Settings, progress: bool) -> tu
                 settings.retraining.run(zipped, tasks, steps, seed=settings.seed, weights=weights)
             bar.advance(todo)
     return zipped.eval(), zipper.recorder.curves
+
+
+def _say_what_is_not_folded(members: Sequence[Member]) -> None:
+    for member in members:
+        if member.unfolded:
+            said = f"batch_norm='fold': task {member.task.name!r} keeps batch-norm private: {listed(member.unfolded)}."
+            log.info(said)
+            warnings.warn(said, TaskzipWarning, stacklevel=2)
 
 
 def _checked(tasks: Sequence[Task]) -> Sequence[Task]:

@@ -9,6 +9,7 @@ import numpy as np
 from torch.fx import Node
 
 from taskzip.graph._nodes import arguments, op_name
+from taskzip.graph._norm_readers import norm_readers
 from taskzip.graph._units import PINNED, Ids
 from taskzip.graph._values import Call, Context, shape_of
 from taskzip.graph.structure import BatchNormNames, Layer, Space, Structure
@@ -43,7 +44,7 @@ class Reading:
         """The layers, the spaces, and the axes on which these lie."""
         spaces, space_of = self._spaces()
         layers = [self._layer(weight, space_of) for weight in self._uses]
-        return Structure(tuple(layers), spaces, self._axes)
+        return Structure(tuple(layers), spaces, self._axes, norms=norm_readers(self._c, self._parameters))
 
     def _spaces(self) -> tuple[tuple[Space, ...], dict[int, int]]:
         """The classes of more than one unit that can move, numbered in the order of the layers that compute them."""

@@ -35,6 +35,33 @@ class BatchNormNames:
 
 
 @dataclass(frozen=True)
+class NormReader:
+    """A layer that reads what a batch-norm gives: per input, of which channel it comes, -1 where of none."""
+
+    layer: str
+    channels: np.ndarray
+
+
+@dataclass(frozen=True)
+class NormReaders:
+    """What stands behind a batch-norm, wherever it stands itself.
+
+    Attributes:
+        name: the path of its module.
+        readers: the layers that could take its scale and shift over: nothing else reads it, and what stands between
+            gives the same before as behind it.
+        obstacle: why there are none, or "".
+        no_shift, positive: why that needs a shift of 0 and scales above 0, or "".
+    """
+
+    name: str
+    readers: tuple[NormReader, ...]
+    obstacle: str
+    no_shift: str
+    positive: str
+
+
+@dataclass(frozen=True)
 class Layer:
     """One weight that a linear layer or a convolution reads.
 
@@ -101,11 +128,13 @@ class Structure:
 
     Attributes:
         axes: per parameter or buffer, per axis, the unit of each index or None.
+        norms: what reads each batch-norm.
     """
 
     layers: tuple[Layer, ...]
     spaces: tuple[Space, ...]
     axes: dict[str, tuple[Ids | None, ...]] = field(repr=False)
+    norms: tuple[NormReaders, ...] = field(default=(), repr=False, kw_only=True)
 
     def layer(self, name: str) -> Layer:
         """The layer of that name."""

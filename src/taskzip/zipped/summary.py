@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from taskzip.zipped.blocks import installed, spec_of
+from taskzip.zipped.folding import listed
 from taskzip.zipped.model import LayerRecord, ZippedModel
 from taskzip.zipped.sizes import bytes_apart, bytes_together
 
@@ -44,6 +45,11 @@ def summary_table(zipped: ZippedModel) -> str:
         table.add_row(*_row(record))
     lines = _lines(table)
     notes = [_wrapped(f"{r.name} stays private ({r.note}).") for r in zipped.history.layers if r.note]
+    notes += [
+        _wrapped(f"{name} keeps batch-norm private: {listed(private)}.")
+        for name, private in zipped.history.settings.get("unfolded", {}).items()
+        if private
+    ]
     weights = {p for weight in zipped.layer_weights() for p in weight}
     missing = sum(p.numel() for p in weights) - zipped.connection_count()
     if missing:
