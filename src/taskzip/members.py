@@ -15,6 +15,7 @@ from taskzip.answers import Answers
 from taskzip.errors import GraphError, InputError
 from taskzip.graph import Layer, Structure, analyse
 from taskzip.observation import MaxRows, Observer, evaluating, run_batch
+from taskzip.sparsity import pruned_layers
 from taskzip.task import Batch, Task
 from taskzip.zipped.blocks import installed
 from taskzip.zipped.folding import Fold, fold, foldable
@@ -38,6 +39,7 @@ class Member:
         original: the network that `network` should agree with: the caller's, or a copy with batch-norm folded.
         folded: the layers that batch-norms were folded into, before or behind them, and these batch-norms.
         unfolded: where folding was wanted, the batch-norms that stay private, and why.
+        pruned: the layers whose zeros are missing connections.
         samples: how many samples the calibration data hold.
         slots: per space that has been put into order, the joint space, and in which of its slots each unit stands.
         changed: whether anything upstream may differ from the original network.
@@ -55,6 +57,8 @@ class Member:
         folds, self.unfolded = foldable(self.network, self.structure) if fold_batch_norm else ([], {})
         self.folded = [(each.layer, each.norm) for each in folds]
         self.original = self._fold(folds, batch, answers) if folds else task.model
+        weights = {layer.name: self.network.get_parameter(layer.weight) for layer in self.structure.layers}
+        self.pruned = pruned_layers(weights)
         self._check_orders(batch, answers, seed)
         self.slots: Slots = {}
         self._orders: dict[int, np.ndarray] = {}  # per space, which of the original's units stands in each place
@@ -156,13 +160,15 @@ class Member:
         blocks = installed(self.network)
         return list(blocks[name].parameters()) if name in blocks else [self.network.get_parameter(name)]
 
-    def layer_weights(self) -> list[list[nn.Parameter]]:
-        """The weight of every layer as it is now: a dense parameter, or blocks."""
-        return [self._parameters(layer.weight) for layer in self.structure.layers]
+    def pruned_weights(self) -> list[list[nn.Parameter]]:
+        """The weight of every pruned layer as it is now: a dense parameter, or blocks."""
+        return [self._parameters(layer.weight) for layer in self.structure.layers if layer.name in self.pruned]
 
     def connections(self) -> int:
-        """How many weights of its layers are not 0."""
-        return sum(int(p.count_nonzero()) for weight in self.layer_weights() for p in weight)
+        """How many weights its layers have, without those that are missing."""
+        pruned = {p for weight in self.pruned_weights() for p in weight}
+        weights = {p for layer in self.structure.layers for p in self._parameters(layer.weight)}
+        return sum(int(p.count_nonzero()) if p in pruned else p.numel() for p in weights)
 
     def batch_norm(self, layer: Layer) -> tuple[Tensor, Tensor]:
         """Running mean and variance of the batch-norm behind a layer."""

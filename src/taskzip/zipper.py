@@ -155,7 +155,8 @@ class Zipper:
             weights = weights / self.members[task].batch_norm_scale(layer)[:, None]
         samples, balance = self.members[task].samples, self.settings.balance[task]
         damping, private = self.settings.damping, private.to(weights.device)
-        return TaskLayer(task, layer, weights, statistics, samples, balance, damping, private, cross)
+        pruned = layer.name in self.members[task].pruned
+        return TaskLayer(task, layer, weights, statistics, samples, balance, damping, private, cross, pruned)
 
     def _join(
         self,
@@ -269,7 +270,8 @@ def compensated(member: Member, layer: Layer, statistics: LayerStatistics | None
     weights = member.weights(layer)
     if statistics is None or not _to_solve(member, layer, settings):
         return weights
-    return least_squares(statistics, weights, settings.ridge, bias=layer.bias is not None)
+    bias, pruned = layer.bias is not None, layer.name in member.pruned
+    return least_squares(statistics, weights, settings.ridge, bias=bias, pruned=pruned)
 
 
 def settle(

@@ -90,7 +90,9 @@ def zip_tasks(
             compute once for all tasks. Inputs are then not aligned, and of residual streams it reads the units that all
             layers before it share.
         connections: of pruned networks, which a merged unit has: those of the unit that has more of them ("denser",
-            Sec. 3.6), or all that any of its units has ("any"), which loses less and saves fewer.
+            Sec. 3.6), or all that any of its units has ("any"), which loses less and saves fewer. Pruned is a layer of
+            which at least 5% of the weights, or of those of all such layers, are exactly 0, and not because weights
+            were rounded to a grid. Other zeros are weights like any other.
         batch_norm: "private": every task keeps its own, and its statistics follow the merged weights (design 2.4);
             "fold": it becomes part of the layer directly before it, else of the layers that read it (behind an
             activation, where these do not pad and nothing but pooling and the like stands between), so that fully
@@ -169,6 +171,7 @@ def _zip_layers(tasks: Sequence[Task], settings: Settings, progress: bool) -> tu
         "samples": {m.task.name: m.samples for m in members},
         "folded": {m.task.name: m.folded for m in members},
         "unfolded": {m.task.name: m.unfolded for m in members},
+        "pruned": {m.task.name: sorted(m.pruned) for m in members},
         "connections": {m.task.name: m.connections() for m in members},
     }
     with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
@@ -182,7 +185,7 @@ def _zip_layers(tasks: Sequence[Task], settings: Settings, progress: bool) -> tu
             log.info("%s: %d of %s rows shared, %.1f s", record.name, record.shared, record.units, seconds)
             zipped.history.layers.append(record)
             if record.shared and (steps := settings.retraining.after(record.name)):
-                weights = [weight for member in members for weight in member.layer_weights()]
+                weights = [weight for member in members for weight in member.pruned_weights()]
                 settings.retraining.run(zipped, tasks, steps, seed=settings.seed, weights=weights)
             bar.advance(todo)
     return zipped.eval(), zipper.recorder.curves

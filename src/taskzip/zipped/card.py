@@ -23,7 +23,7 @@ tags:
 ---
 """
 
-_FOUND = ("samples", "folded", "unfolded", "connections", "flops", "search")
+_FOUND = ("samples", "folded", "unfolded", "pruned", "connections", "flops", "search")
 """What `zip` found out; the other settings are those that it was given."""
 
 
