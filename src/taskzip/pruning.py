@@ -45,7 +45,7 @@ def prune(
     against the original network's pre-activations least, w^2 / (2 [H^-1]_qq) with H = sum x x^T, in rounds (`surgeon`);
     those that stay are solved again by least squares, which is the paper's update for all removed weights at once
     (Dong, Chen, Pan, 2017, arXiv:1705.07565, Sec. 3). The given network is left exactly as it was. What was 0 stays 0,
-    biases stay, and `zip` keeps the zeros where these are at least 5% of the weights. Running statistics of a
+    biases stay, and `zip` keeps the zeros where these are more than 5% of the weights. Running statistics of a
     batch-norm that directly follows a layer follow its new weights.
 
     Args:

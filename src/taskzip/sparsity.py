@@ -30,8 +30,8 @@ _SAME = 1e-3  # relative difference below which two weights are the same step of
 def pruned_layers(weights: Mapping[str, Tensor]) -> set[str]:
     """The layers in which a weight that is exactly 0 is a missing connection.
 
-    They have zeros, and these are not a few: at least 5% of the layer or of all such layers together, so that all zeros
-    of a pruned network count. Nor are they what is left where weights were rounded to a grid of few steps.
+    They have zeros, and these are not a few: more than 5% of the layer or of all such layers together, so that all
+    zeros of a pruned network count. Nor are they what is left where weights were rounded to a grid of few steps.
 
     Args:
         weights: per layer, its weight [units, ...] as the network came.
@@ -40,8 +40,13 @@ def pruned_layers(weights: Mapping[str, Tensor]) -> set[str]:
     cut = [name for name, w in weights.items() if zeros[name] and not _on_a_grid(w)]
     whole = {name for name in cut if zeros[name] == weights[name].numel()}  # these may have been made so
     total = sum(weights[name].numel() for name in cut if name not in whole)
-    many = sum(zeros[name] for name in cut if name not in whole) >= FEW * total
-    return {name for name in cut if name in whole or many or zeros[name] >= FEW * weights[name].numel()}
+    all_many = _many(sum(zeros[name] for name in cut if name not in whole), total)
+    return {name for name in cut if name in whole or all_many or _many(zeros[name], weights[name].numel())}
+
+
+def _many(zeros: int, total: int) -> bool:
+    """Whether more are 0 than a few, and than chance makes of a few where there are not many weights."""
+    return zeros >= FEW * total + 3 * (FEW * total) ** 0.5
 
 
 def _on_a_grid(weight: Tensor) -> bool:

@@ -91,7 +91,7 @@ def zip_tasks(
             layers before it share.
         connections: of pruned networks, which a merged unit has: those of the unit that has more of them ("denser",
             Sec. 3.6), or all that any of its units has ("any"), which loses less and saves fewer. Pruned is a layer of
-            which at least 5% of the weights, or of those of all such layers, are exactly 0, and not because weights
+            which more than 5% of the weights, or of those of all such layers, are exactly 0, and not because weights
             were rounded to a grid. Other zeros are weights like any other.
         batch_norm: "private": every task keeps its own, and its statistics follow the merged weights (design 2.4);
             "fold": it becomes part of the layer directly before it, else of the layers that read it (behind an
