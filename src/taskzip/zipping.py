@@ -72,8 +72,8 @@ def zip_tasks(
             number is the first task's. Default: equal.
         matching: "optimal" (exact minimum-cost pairs), "greedy" (the paper's) or "random".
         compensate: re-solve each task's weights from the changed inputs by least squares before merging (design 2.5);
-            "output": those of output layers only. The paper's own procedure is `matching="greedy",
-            compensate=False`.
+            "output": those of output layers only. The paper's own procedure is `matching="greedy", compensate=False`,
+            for residual networks with `residual="independent"`, and `retrain` after each layer.
         adapt: let a unit's private weights, those of inputs that no other task has, follow the shared ones as these are
             merged; the units are then paired by what is left of the error. Never worse for the layer than private
             weights that stay. Default: with full compensation.

@@ -28,6 +28,8 @@ class LayerRecord:
         before: parameters of the separate layers together.
         after: parameters of the zipped layer.
         note: why nothing could be shared, or "".
+        relative_cost: `cost` over what it would be if the pre-activations of the units that can pair were lost, half
+            their variance: a number that compares across layers and networks. None in checkpoints of before.
     """
 
     name: str
@@ -38,6 +40,7 @@ class LayerRecord:
     before: int
     after: int
     note: str = ""
+    relative_cost: float | None = None
 
 
 @dataclass
@@ -108,7 +111,8 @@ class ZippedModel(nn.Module):
     def summary(self) -> str:
         """Tables for people, at most 100 columns.
 
-        Per layer: units, shared units, cost, parameters before and after. Per task, for all apart, and together: FLOPs
+        Per layer: units, shared units, what sharing them cost in percent of the variance of the layer's outputs,
+        parameters before and after. Per task, for all apart, and together: FLOPs
         of one sample's forward pass (a multiply-add is 2, as `torch.utils.flop_counter` counts), which were counted on
         the calibration data when the networks were zipped, and bytes of parameters and buffers.
         """
