@@ -34,7 +34,7 @@ class Recorder:
         joints: Sequence[JointLayer],
         aligned: Sequence[bool],
     ) -> float:
-        """Write down one layer, after its units were paired and before they are put into order.
+        """Write down one layer, after its units were paired and before anything is written or put into order.
 
         Args:
             layer: its name.

@@ -60,14 +60,14 @@ class Zipper:
         statistics = {t: observe(members[t], x, settings, t in sharing) for t, x in layers.items()}
         weights = {t: compensated(members[t], x, statistics[t], settings) for t, x in layers.items()}
         joints = self._join(inputs, parts, statistics, weights, quota) if sharing else []
-        for joint in joints:
-            joint.write(weights)
-        for t, layer in layers.items():
-            settle(members[t], layer, statistics[t], weights[t], settings)
         relative_cost = 0.0
         if joints:
             aligned = [self.settings.cross and self._is_aligned(part) for part in parts]
             relative_cost = self.recorder.record(name, inputs, parts, joints, aligned)
+        for joint in joints:
+            joint.write(weights)
+        for t, layer in layers.items():
+            settle(members[t], layer, statistics[t], weights[t], settings)
         for part, joint in zip(parts, joints, strict=False):
             self._place(part, joint)
         if not settings.cross:
