@@ -6,7 +6,7 @@ such as ``resnet20-digit lenet``, of those whose names begin with one of them. T
 - LeNet-300-100 on MNIST (seeds 0, 1), LeNet-5 on MNIST (seeds 0, 1) and LeNet-5 on Fashion-MNIST (seed 0);
 - ResNet-20 for five tasks on 32x32 images of three channels, see `resnet20_data`: ``digit`` and ``garment`` (seeds
   0, 1), ``digit-turn``, ``garment-turn`` and ``kind`` (seed 0);
-- ResNet-8 of the paper's widths (64, 128 and 256 channels, one block in each group) for the same five tasks, on these
+- ResNet-8 of ResNet-28's widths (64, 128 and 256 channels, one block in each group) for the same five tasks, on these
   images at half the resolution, 16x16.
 
 Learning rate and weight decay were chosen with LeNet-300-100 on the last 10,000 training images of MNIST
@@ -94,7 +94,7 @@ def resnet20(seed: int, task: ResNetTask) -> ResNet20:
 
 
 def resnet8(seed: int, task: ResNetTask) -> ResNet:
-    """Return ResNet-8 of the paper's widths trained for a task of `resnet8_data`, likewise."""
+    """Return ResNet-8 of ResNet-28's widths trained for a task of `resnet8_data`, likewise."""
     recipe = _RECIPES[task]
 
     def build() -> ResNet:

@@ -2,7 +2,7 @@
 
     TASKZIP_DATA=... python benchmarks/resnet_zip.py [garment] [digits] [five] [wide]
 
-The first three tables are of ResNet-20; `wide` is of five ResNet-8 with the paper's widths, on images of 16x16.
+The first three tables are of ResNet-20; `wide` is of five ResNet-8 with the widths of ResNet-28, on images of 16x16.
 
 Networks are calibrated with 500 training images each, chosen at random, and retrained lightly with 300 steps (`wide`:
 600) of distillation on training images, batches of 32. Nothing is chosen by the 10,000 test images that the errors are

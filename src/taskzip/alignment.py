@@ -24,7 +24,7 @@ class Segment:
         owners: these tasks.
         channels: per owner, its own channels (columns of a linear layer) in the common order. Where the networks' own
             inputs differ in size, a smaller one has only the first of them; the others are fictive connections of
-            weight 0 (Algorithm 1, first step).
+            weight 0 (Sec. 3.4).
         source: the joint space in which these units lie; None where they are the networks' own input, below 0 where
             they are in a fixed order.
     """

@@ -1,4 +1,4 @@
-"""Curvature of a layer's error: H = 1/n sum x x^T over what its units read (eq. 7 and 8), as a running sum.
+"""Curvature of a layer's error: sum x x^T over what its units read, which alpha / n makes H of eq. 7 and 8.
 
 The last input is fixed to 1, so that the bias is one more incoming weight. The same pass also keeps what the original
 network answered at those inputs, because least squares (`recalibration`) and the curvature need the same rows.

@@ -14,10 +14,6 @@ class TaskzipError(Exception):
     """Base of all errors that taskzip raises on purpose; the command line prints it as one sentence."""
 
 
-class TaskzipWarning(UserWarning):
-    """What went on, and is likely not what was wanted."""
-
-
 class InputError(TaskzipError, ValueError):
     """Tasks, data or settings that cannot be used as given."""
 
@@ -32,6 +28,10 @@ class CheckpointError(TaskzipError):
 
 class ExportError(TaskzipError):
     """A joint network that cannot be exported, or a file of it that cannot be written."""
+
+
+class TaskzipWarning(UserWarning):
+    """What was not done as asked, or may not give what was wanted; the network can be used all the same."""
 
 
 _FRAME = re.compile(r'File "(.+?)", line (\d+).*\n {4}(.+)')

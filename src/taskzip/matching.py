@@ -37,7 +37,8 @@ def match(
     Args:
         difference: d for all pairs (eq. 12), shape [units of A, units of B], no NaN.
         count: how many pairs; at most min(units of A, units of B), which is also the default.
-        threshold: pair only where d <= threshold (the paper's epsilon_l); may be combined with `count`.
+        threshold: pair only where d <= threshold (the paper's epsilon_l, which d must be below); may be combined with
+            `count`.
         method: "optimal" minimises the sum of d over exactly `count` pairs (with a threshold alone: the sum of
             d - threshold over however many pairs that takes); "greedy" takes the smallest remaining d, pair by pair
             (Algorithm 1); "random" draws pairs without looking at d.

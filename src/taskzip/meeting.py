@@ -35,6 +35,7 @@ class TaskLayer:
         damping: as for `zip`.
         private: columns that no other task has and whose weights follow the shared ones; none if they stay.
         cross: whether shared units read more than what all of their owners have.
+        pruned: whether weights that are 0 are missing connections.
     """
 
     task: int
@@ -46,6 +47,7 @@ class TaskLayer:
     damping: float
     private: Tensor
     cross: bool = True
+    pruned: bool = True
 
     def curvature(self, common: CommonInputs) -> Tensor | Factored:
         """H over common inputs, weighted by the balance, damped, 0 where a connection is fictive."""
@@ -61,7 +63,7 @@ class TaskLayer:
         if not len(self.private):
             return after
         columns = common.columns(self.task).to(after.device)
-        exists = support(before[:, self.private], bias=self._owns_bias())
+        exists = support(before[:, self.private], bias=self._owns_bias()) if self.pruned else None
         change = following(self._curvature(common), after[:, columns] - before[:, columns], exists)
         return after.index_add(1, self.private, change)
 
@@ -180,6 +182,8 @@ class Meeting:
 
     def _exists(self, weights: Sequence[Tensor], connections: Connections) -> Tensor | None:
         """Which connections merged units have (Sec. 3.6)."""
+        if not all(self._sides[t].pruned for t in (*self.owners, self.task)):
+            return None
         one, other = (support(w, bias=self._common.bias) for w in weights)
         if one is None or other is None:
             return None

@@ -17,9 +17,10 @@ from taskzip.equalising import equalise
 from taskzip.errors import GraphError, InputError
 from taskzip.graph import Layer, Structure, analyse
 from taskzip.observation import MaxRows, Observer, evaluating, run_batch
+from taskzip.sparsity import pruned_layers
 from taskzip.task import Batch, Task, has_numbers
 from taskzip.zipped.blocks import installed
-from taskzip.zipped.folding import fold, foldable
+from taskzip.zipped.folding import Fold, fold, foldable
 
 Owners = tuple[int, ...]
 """The tasks that own a unit, by their numbers, ascending."""
@@ -42,7 +43,9 @@ class Member:
         structure: layers and spaces of the network.
         original: the network that `network` should agree with: the caller's, or a copy with batch-norm folded and with
             units of equal spreads.
-        folded: the batch-norms that were folded into the layers before them.
+        folded: the layers that batch-norms were folded into, before or behind them, and these batch-norms.
+        unfolded: where folding was wanted, the batch-norms that stay private, and why.
+        pruned: the layers whose zeros are missing connections.
         samples: how many samples the calibration data hold.
         slots: per space that has been put into order, the joint space, and in which of its slots each unit stands.
         changed: whether anything upstream may differ from the original network.
@@ -58,9 +61,12 @@ class Member:
         batch = next(task.batches())
         answers = self._first_answers(batch)
         self.structure = self._analyse(batch)
-        self.folded = foldable(self.network, self.structure.layers) if fold_batch_norm else []
-        if self.folded:
-            self.original = self._fold(batch, answers)
+        folds, self.unfolded = foldable(self.network, self.structure) if fold_batch_norm else ([], {})
+        self.folded = [(each.layer, each.norm) for each in folds]
+        if folds:
+            self.original = self._fold(folds, batch, answers)
+        weights = {layer.name: self.network.get_parameter(layer.weight) for layer in self.structure.layers}
+        self.pruned = pruned_layers(weights)
         self._check_orders(batch, answers, seed)
         self.slots: Slots = {}
         self._orders: dict[int, np.ndarray] = {}  # per space, which of the original's units stands in each place
@@ -91,9 +97,9 @@ class Member:
         except GraphError as error:
             raise GraphError(f"task {self.task.name!r}: {error}") from error
 
-    def _fold(self, batch: Batch, answers: Any) -> nn.Module:
+    def _fold(self, folds: Sequence[Fold], batch: Batch, answers: Any) -> nn.Module:
         """Fold batch-norms in the working copy, and read it again; a copy of it becomes the network to agree with."""
-        fold(self.network, self.folded)
+        fold(self.network, folds)
         try:
             self.structure = self._analyse(batch)
         except GraphError as error:
@@ -208,13 +214,15 @@ class Member:
         blocks = installed(self.network)
         return list(blocks[name].parameters()) if name in blocks else [self.network.get_parameter(name)]
 
-    def layer_weights(self) -> list[list[nn.Parameter]]:
-        """The weight of every layer as it is now: a dense parameter, or blocks."""
-        return [self._parameters(layer.weight) for layer in self.structure.layers]
+    def pruned_weights(self) -> list[list[nn.Parameter]]:
+        """The weight of every pruned layer as it is now: a dense parameter, or blocks."""
+        return [self._parameters(layer.weight) for layer in self.structure.layers if layer.name in self.pruned]
 
     def connections(self) -> int:
-        """How many weights of its layers are not 0."""
-        return sum(int(p.count_nonzero()) for weight in self.layer_weights() for p in weight)
+        """How many weights its layers have, without those that are missing."""
+        pruned = {p for weight in self.pruned_weights() for p in weight}
+        weights = {p for layer in self.structure.layers for p in self._parameters(layer.weight)}
+        return sum(int(p.count_nonzero()) if p in pruned else p.numel() for p in weights)
 
     def batch_norm(self, layer: Layer) -> tuple[Tensor, Tensor]:
         """Running mean and variance of the batch-norm behind a layer."""

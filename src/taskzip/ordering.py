@@ -1,6 +1,7 @@
-"""One order for every residual stream, before anything is merged (Sec. 3.7).
+"""One order for every residual stream, before anything is merged.
 
-Several layers write into a stream, and all need the same order of its units. It is chosen by the mean functional
+Several layers write into a stream, and all need the same order of its units, or its channels must be permuted before
+and after every addition (Sec. 3.7). The order is chosen by the mean functional
 difference (eq. 12) of all of them. What they read depends on other orders in turn, so the networks are walked through
 from first to last layer, with the orders found so far, until the orders of the streams stay as they are.
 """

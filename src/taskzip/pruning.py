@@ -46,8 +46,8 @@ def prune(
     against the original network's pre-activations least, w^2 / (2 [H^-1]_qq) with H = sum x x^T, in rounds (`surgeon`);
     those that stay are solved again by least squares, which is the paper's update for all removed weights at once
     (Dong, Chen, Pan, 2017, arXiv:1705.07565, Sec. 3). The given network is left exactly as it was. What was 0 stays 0,
-    biases stay, and `zip` keeps all zeros. Running statistics of a batch-norm that directly follows a layer follow its
-    new weights.
+    biases stay, and `zip` keeps the zeros where these are more than 5% of the weights. Running statistics of a
+    batch-norm that directly follows a layer follow its new weights.
 
     Args:
         task: the network, its calibration data, and the loss if labels are to retrain it.
@@ -102,6 +102,7 @@ def prune(
     check_fractions(keep)
     with seeded(settings.seed):
         member = Member(task, settings.seed)
+        member.pruned = {layer.name for layer in member.structure.layers}
         settings.retraining.check([task])
         _prune(member, kept_counts(member, keep, settings), settings, progress)
         return _retrained(member, settings, progress)
@@ -142,6 +143,6 @@ def _retrained(member: Member, settings: Settings, progress: bool) -> nn.Module:
     retraining, steps = settings.retraining, settings.retraining.after("")
     if steps:
         network = ZippedModel({member.task.name: member.network}, History(settings.as_dict()))
-        weights = member.layer_weights()
+        weights = member.pruned_weights()
         retraining.run(network, [member.task], steps, seed=settings.seed, weights=weights, progress=progress)
     return member.network.eval()

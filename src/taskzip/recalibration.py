@@ -26,7 +26,7 @@ _MOST = 2.0
 
 
 def least_squares(
-    statistics: LayerStatistics, weights: Float[Tensor, "units d1"], ridge: float, *, bias: bool
+    statistics: LayerStatistics, weights: Float[Tensor, "units d1"], ridge: float, *, bias: bool, pruned: bool = True
 ) -> Float[Tensor, "units d1"]:
     """Weights that, from the changed inputs, come closest to the original network's pre-activations.
 
@@ -34,13 +34,14 @@ def least_squares(
 
     Args:
         statistics: the sums over changed inputs x and original answers z.
-        weights: the present weights, towards which the ridge pulls; those that are 0 stay 0 (Sec. 3.6).
+        weights: the present weights, towards which the ridge pulls.
         ridge: its strength, relative to each input's own mean square.
         bias: whether the layer has a bias; without one the last column stays as it is, zero.
+        pruned: whether weights that are 0 stay 0 (Sec. 3.6).
     """
     d = weights.shape[1] if bias else weights.shape[1] - 1
     h, present = restricted(statistics.curvature, slice(0, d)), weights[:, :d]
-    exists = support(present, bias=bias)
+    exists = support(present, bias=bias) if pruned else None
     size = _mean_squares(h)
     if isinstance(h, Factored):
         root = size.sqrt() if ridge else torch.ones_like(size)

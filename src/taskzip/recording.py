@@ -33,8 +33,8 @@ class Recorder:
         parts: Sequence[Part],
         joints: Sequence[JointLayer],
         aligned: Sequence[bool],
-    ) -> None:
-        """Write down one layer, after its units were paired and before they are put into order.
+    ) -> float:
+        """Write down one layer, after its units were paired and before anything is written or put into order.
 
         Args:
             layer: its name.
@@ -42,6 +42,9 @@ class Recorder:
             parts: its units by joint space.
             joints: per part, what became of it.
             aligned: per part, whether later layers read all of its units in common, whether they are shared or not.
+
+        Returns:
+            What all of its pairs cost, relative to the layer's energy.
         """
         sizes = [PartSize(part.units, next(iter(part.rows.values())).shape[1]) for part in parts]
         bias = max(len(inputs.bias) - 1, 0)
@@ -50,6 +53,7 @@ class Recorder:
             placed = any(space in self._members[t].slots for t, space in part.spaces.items())
             if not whole and not placed:
                 self._writers[part.joint] = (layer, number)
+        return self.curves[-1].cost[-1]
 
     def _reads(self, inputs: JointInputs) -> list[Read]:
         taps = next(iter(inputs.layers.values())).taps

@@ -95,7 +95,7 @@ class Retraining:
         weights: Iterable[Sequence[nn.Parameter]] | None = None,
         progress: bool = False,
     ) -> list[dict[str, float]]:
-        """Retrain, with everything checked already; `weights` are those of the layers, if not all are zipped yet."""
+        """Retrain, with everything checked already; `weights` are those of pruned layers, if not all are zipped yet."""
         parameters = [p for p in zipped.parameters() if p.requires_grad]
         if not parameters:
             raise InputError(
@@ -106,7 +106,7 @@ class Retraining:
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1)) if own else None
         teachers = [task.model for task in tasks] if self.loss == "distill" else []
         losses = []
-        missing = missing_connections(zipped.layer_weights() if weights is None else weights)
+        missing = missing_connections(zipped.layer_weights(pruned=True) if weights is None else weights)
         with (
             seeded(seed),
             in_eval_mode(*teachers),
@@ -179,8 +179,8 @@ def retrain(
 
     Every step draws one batch per task and steps on the sum of the tasks' losses, weighted by the balance of `zip`. The
     networks run in eval mode: dropout is off, and batch-norm uses its running statistics, which stay as they are
-    (`batch_norm="frozen"`; its scale and shift are trained) or follow the batches (`"update"`). Weights that are
-    exactly 0 are missing connections and stay 0 (Sec. 3.6).
+    (`batch_norm="frozen"`; its scale and shift are trained) or follow the batches (`"update"`). Weights that
+    are exactly 0 stay 0 in pruned layers, where they are missing connections (Sec. 3.6).
 
     Args:
         zipped: the joint network.

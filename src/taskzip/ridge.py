@@ -28,7 +28,9 @@ _UNITS = 64
 """So many units of a layer are asked, spread evenly over it."""
 
 
-def choose_ridge(statistics: LayerStatistics, weights: Float[Tensor, "units d1"], *, bias: bool) -> float:
+def choose_ridge(
+    statistics: LayerStatistics, weights: Float[Tensor, "units d1"], *, bias: bool, pruned: bool = True
+) -> float:
     """The ridge for `least_squares` over all rows of `statistics`, some of which were held out.
 
     Solved without these rows, units must come closest to the original network's pre-activations on them, relative to
@@ -40,7 +42,7 @@ def choose_ridge(statistics: LayerStatistics, weights: Float[Tensor, "units d1"]
     present = weights[_some(len(weights))]
     errors: list[float] = []
     for ridge in RIDGES:
-        errors.append(float(relative_errors(held, least_squares(fit, present, ridge, bias=bias)).mean()))
+        errors.append(float(relative_errors(held, least_squares(fit, present, ridge, bias=bias, pruned=pruned)).mean()))
         if errors[-1] > (1 + _EQUAL) * min(errors):
             break  # weaker ones fit more noise still
     return next(ridge for ridge, error in zip(RIDGES, errors, strict=False) if error <= (1 + _EQUAL) * min(errors))

@@ -1,7 +1,8 @@
 """Which slot a unit takes: units of several tasks in one slot of a joint space belong together.
 
-Where inputs are *aligned* (Sec. 3.7), all units of a space are paired, whether they share their weights or not, and a
-later layer reads the pairs. A slot may then hold several joint units, none of which share weights with the others.
+Where inputs are *aligned*, as if all units of the layer before were merged (Sec. 3.7), all units of a space are paired,
+whether they share their weights or not, and a later layer reads the pairs. A slot may then hold several joint units,
+none of which share weights with the others.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Joint spaces: which spaces of several networks hold the same units.
 
 Where layers of two networks correspond, so do the spaces in which their units lie. A residual stream is a space into
-which several layers write: all of them need one order of its units (Sec. 3.7).
+which several layers write: all of them need one order of its units, or permute them when adding (Sec. 3.7).
 """
 
 from __future__ import annotations

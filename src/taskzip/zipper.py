@@ -64,13 +64,14 @@ class Zipper:
         statistics = {t: observe(members[t], x, settings, t in sharing) for t, x in layers.items()}
         weights = {t: compensated(members[t], x, statistics[t], settings) for t, x in layers.items()}
         joints = self._join(inputs, parts, statistics, weights, quota) if sharing else []
+        relative_cost = 0.0
+        if joints:
+            aligned = [self.settings.cross and self._is_aligned(part) for part in parts]
+            relative_cost = self.recorder.record(name, inputs, parts, joints, aligned)
         for joint in joints:
             joint.write(weights)
         for t, layer in layers.items():
             settle(members[t], layer, statistics[t], weights[t], settings)
-        if joints:
-            aligned = [self.settings.cross and self._is_aligned(part) for part in parts]
-            self.recorder.record(name, inputs, parts, joints, aligned)
         for part, joint in zip(parts, joints, strict=False):
             self._place(part, joint)
         if not settings.cross:
@@ -82,7 +83,8 @@ class Zipper:
             for t in inputs.layers:
                 members[t].changed = True
         note = "" if all(layer.pinned == OUTPUT for layer in layers.values()) else obstacle
-        return self._record(layers, shared, sum(joint.cost for joint in joints) if shared else 0.0, before, note)
+        costs = (sum(joint.cost for joint in joints), relative_cost) if shared else (0.0, 0.0)
+        return self._record(layers, shared, costs, before, note)
 
     def _quota(self, layers: JointLayers, parts: Sequence[Part]) -> Quota:
         if list(layers) != [0] and len(layers) == 1:  # a layer of another network alone, perhaps of the same name
@@ -164,7 +166,8 @@ class Zipper:
         if self.settings.relative and variance.any():
             balance = balance / float(variance.mean())
         damping, private = self.settings.damping, private.to(weights.device)
-        return TaskLayer(task, layer, weights, statistics, samples, balance, damping, private, cross)
+        pruned = layer.name in self.members[task].pruned
+        return TaskLayer(task, layer, weights, statistics, samples, balance, damping, private, cross, pruned)
 
     def _join(
         self,
@@ -174,7 +177,7 @@ class Zipper:
         weights: Mapping[int, Tensor],
         quota: Quota,
     ) -> list[JointLayer]:
-        """Lines 4 to 9 of Algorithm 1, one task after another, for the units of each joint space by themselves."""
+        """Lines 5 to 7 of Algorithm 1, one task after another, for the units of each joint space by themselves."""
         normed = all(layer.batch_norm for layer in inputs.layers.values())
         adapt, cross = self.settings.adapt and inputs.cross, inputs.cross
         sides = {
@@ -213,12 +216,15 @@ class Zipper:
                 self.members[t].place(space, part.joint, order, joint.slots[t][order])
                 joint.reorder(t, order)
 
-    def _record(self, layers: JointLayers, shared: int, cost: float, before: int, note: str) -> LayerRecord:
+    def _record(
+        self, layers: JointLayers, shared: int, costs: tuple[float, float], before: int, note: str
+    ) -> LayerRecord:
         """What happened to one layer; what a task does not have is ""."""
         tasks = range(len(self.members))
         names = tuple(layers[t].name if t in layers else "" for t in tasks)
         units = tuple(layers[t].units if t in layers else 0 for t in tasks)
-        return LayerRecord(layer_name(layers), names, units, shared, cost, before, _size(self.members, layers), note)
+        (cost, relative), after = costs, _size(self.members, layers)
+        return LayerRecord(layer_name(layers), names, units, shared, cost, before, after, note, relative)
 
 
 def layer_name(layers: JointLayers) -> str:
@@ -237,7 +243,7 @@ def _shared_rows(task: int, parts: Sequence[Part], joints: Sequence[JointLayer])
 
 
 def observe(member: Member, layer: Layer, settings: Settings, sharing: bool) -> LayerStatistics | None:
-    """Lines 2 and 3 of Algorithm 1, where anything is to be done with it."""
+    """Lines 2 to 4 of Algorithm 1, where anything is to be done with it."""
     if not sharing and not _to_solve(member, layer, settings):
         return None
     changed = member.changed and not layer.reads_input and _follows(layer, settings)
@@ -280,11 +286,13 @@ def compensated(member: Member, layer: Layer, statistics: LayerStatistics | None
     weights = member.weights(layer)
     if statistics is None or not _to_solve(member, layer, settings):
         return weights
-    bias = layer.bias is not None
-    ridge = choose_ridge(statistics, weights, bias=bias) if settings.ridge is None else settings.ridge
-    statistics.parts = None
-    log.debug("%s, %s: ridge %g", member.task.name, layer.name, ridge)
-    return least_squares(statistics, weights, ridge, bias=bias)
+    bias, pruned = layer.bias is not None, layer.name in member.pruned
+    ridge = settings.ridge
+    if ridge is None:
+        ridge = choose_ridge(statistics, weights, bias=bias, pruned=pruned)
+        statistics.parts = None
+        log.debug("%s, %s: ridge %g", member.task.name, layer.name, ridge)
+    return least_squares(statistics, weights, ridge, bias=bias, pruned=pruned)
 
 
 def settle(

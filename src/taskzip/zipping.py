@@ -27,6 +27,7 @@ from taskzip.settings import Compensation, Norms, Residual, Settings, read_setti
 from taskzip.sparsity import Connections
 from taskzip.task import Task, has_numbers
 from taskzip.zipped import ZippedModel
+from taskzip.zipped.folding import listed
 from taskzip.zipper import Zipper, layer_name
 
 log = logging.getLogger("taskzip")
@@ -72,8 +73,8 @@ def zip_tasks(
             number is the first task's. Default: equal.
         matching: "optimal" (exact minimum-cost pairs), "greedy" (the paper's) or "random".
         compensate: re-solve each task's weights from the changed inputs by least squares before merging (design 2.5);
-            "output": those of output layers only. The paper's own procedure is `matching="greedy",
-            compensate=False`.
+            "output": those of output layers only. The paper's own procedure is `matching="greedy", compensate=False`,
+            for residual networks with `residual="independent"`, and `retrain` after each layer.
         adapt: let a unit's private weights, those of inputs that no other task has, follow the shared ones as these are
             merged; the units are then paired by what is left of the error. Never worse for the layer than private
             weights that stay. Default: with full compensation.
@@ -90,10 +91,13 @@ def zip_tasks(
             compute once for all tasks. Inputs are then not aligned, and of residual streams it reads the units that all
             layers before it share.
         connections: of pruned networks, which a merged unit has: those of the unit that has more of them ("denser",
-            Sec. 3.6), or all that any of its units has ("any"), which loses less and saves fewer.
+            Sec. 3.6), or all that any of its units has ("any"), which loses less and saves fewer. Pruned is a layer of
+            which more than 5% of the weights, or of those of all such layers, are exactly 0, and not because weights
+            were rounded to a grid. Other zeros are weights like any other.
         batch_norm: "private": every task keeps its own, and its statistics follow the merged weights (design 2.4);
-            "fold": it becomes part of the layer before it, so that fully shared layers are common to all tasks. One
-            that does not directly follow a layer stays private.
+            "fold": it becomes part of the layer directly before it, else of the layers that read it (behind an
+            activation, where these do not pad and nothing but pooling and the like stands between), so that fully
+            shared layers are common to all tasks. What can be neither stays private, and a warning says which and why.
         layers: which layers belong together: "order", "name", or a dict from the first task's layers to those of the
             second, or to dicts by task name. Default: by order where the networks have equally many, else by name.
             A layer without a partner stays private.
@@ -166,9 +170,12 @@ def _zip_layers(tasks: Sequence[Task], settings: Settings, progress: bool) -> tu
     _check_names("retrain", settings.retraining.named(), layers)
     settings.retraining.check(tasks)
     zipped = ZippedModel({member.task.name: member.network for member in members})
+    _say_what_is_not_folded(members)
     zipped.history.settings = settings.as_dict() | {
         "samples": {m.task.name: m.samples for m in members},
         "folded": {m.task.name: m.folded for m in members},
+        "unfolded": {m.task.name: m.unfolded for m in members},
+        "pruned": {m.task.name: sorted(m.pruned) for m in members},
         "connections": {m.task.name: m.connections() for m in members},
     }
     if any(m.structure.unreached for m in members):
@@ -184,10 +191,18 @@ def _zip_layers(tasks: Sequence[Task], settings: Settings, progress: bool) -> tu
             log.info("%s: %d of %s rows shared, %.1f s", record.name, record.shared, record.units, seconds)
             zipped.history.layers.append(record)
             if record.shared and (steps := settings.retraining.after(record.name)):
-                weights = [weight for member in members for weight in member.layer_weights()]
+                weights = [weight for member in members for weight in member.pruned_weights()]
                 settings.retraining.run(zipped, tasks, steps, seed=settings.seed, weights=weights)
             bar.advance(todo)
     return zipped.eval(), zipper.recorder.curves
+
+
+def _say_what_is_not_folded(members: Sequence[Member]) -> None:
+    for member in members:
+        if member.unfolded:
+            said = f"batch_norm='fold': task {member.task.name!r} keeps batch-norm private: {listed(member.unfolded)}."
+            log.info(said)
+            warnings.warn(said, TaskzipWarning, stacklevel=2)
 
 
 def _checked(tasks: Sequence[Task]) -> Sequence[Task]:

@@ -241,14 +241,6 @@ class CalledTwice(Net):
         return self.out(self.norm1(self.linear(x.flatten(1))).relu())
 
 
-class Behind(Net):
-    """An activation stands between the convolution and its batch-norm."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(self.conv(x).relu())
-        return self.out(self.norm1(self.linear(x.flatten(1))).relu())
-
-
 class Clamped(nn.BatchNorm2d):
     """Does more than torch's own, but seldom: one batch may not tell."""
 
@@ -260,22 +252,25 @@ class Unchanged(nn.BatchNorm2d):
     """A subclass with no forward of its own is as good as torch's."""
 
 
-PRIVATE: dict[str, Callable[[], nn.Module]] = {
-    "behind a concatenation": Concatenated,
-    "used twice": Twice,
-    "read past": ReadTwice,
-    "behind one of two calls": CalledTwice,
-    "behind an activation": Behind,
-    "own forward": lambda: Net(norm=Clamped),
+PRIVATE: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "behind a concatenation": (Concatenated, "read by relu"),
+    "used twice": (Twice, "used more than once"),
+    "read past": (ReadTwice, "read by relu"),
+    "behind one of two calls": (CalledTwice, "read by relu"),
+    "own forward": (lambda: Net(norm=Clamped), "read by clamp"),
 }
 
 
 @pytest.mark.parametrize("kind", PRIVATE)
 def test_what_does_not_directly_follow_a_layer_stays_private(kind: str, tmp_path: Path) -> None:
-    """The other batch-norm is folded; merged with itself, the network is what it was."""
-    models, x = pair(PRIVATE[kind])
+    """It is said which, and why. The other one is folded; merged with itself, the network is what it was."""
+    make, why = PRIVATE[kind]
+    models, x = pair(make)
     model = models[0]
-    zipped = run_zip([model, copy.deepcopy(model)], [x, x])
+    with pytest.warns(tz.TaskzipWarning, match=rf"fold': task '[ab]' keeps batch-norm private: norm \({why}\)"):
+        zipped = run_zip([model, copy.deepcopy(model)], [x, x])
+    assert zipped.history.settings["unfolded"] == {"a": {"norm": why}, "b": {"norm": why}}
+    assert f"b keeps batch-norm private: norm ({why})." in zipped.summary()
     assert zipped.history.settings["folded"] == {"a": [("linear", "norm1")], "b": [("linear", "norm1")]}
     for name in "ab":
         assert norms_in(zipped[name]) == ["norm"]
@@ -283,13 +278,15 @@ def test_what_does_not_directly_follow_a_layer_stays_private(kind: str, tmp_path
     assert not set(zipped["a"].norm.parameters()) & set(zipped["b"].norm.parameters())
 
     zipped.save(tmp_path / "joint.safetensors")
-    loaded = tz.load(tmp_path / "joint.safetensors", {name: PRIVATE[kind]().to(DOUBLE) for name in "ab"})
+    loaded = tz.load(tmp_path / "joint.safetensors", {name: make().to(DOUBLE) for name in "ab"})
     assert torch.equal(loaded["b"](x), zipped["b"](x))
+    assert loaded.summary() == zipped.summary()
 
 
 def test_of_two_different_networks_nothing_shared_changes_nothing() -> None:
     models, x = pair(Twice, lambda: Net(norm=Unchanged))
-    zipped = run_zip(models, [x, x], share=0.0, layers={"conv": "conv", "linear": "linear", "out": "out"})
+    with pytest.warns(tz.TaskzipWarning, match="'a' keeps batch-norm private"):
+        zipped = run_zip(models, [x, x], share=0.0, layers={"conv": "conv", "linear": "linear", "out": "out"})
     for name, model in zip("ab", models, strict=True):
         assert_close(zipped[name](x), model(x))
     assert norms_in(zipped["a"]) == ["norm"]

@@ -119,3 +119,67 @@ def test_flops_are_those_recorded_and_absent_where_none_were():
     assert "FLOPs for one sample, a multiply-add is 2; together: of zipped(x)" in zipped.summary()
     del zipped.history.settings["flops"]
     assert "FLOPs" not in zipped.summary() and len(costs(zipped)) == 4
+
+
+def cells(zipped: tz.ZippedModel) -> list[str]:
+    """What stands under cost."""
+    lines = zipped.summary().splitlines()
+    return [line.split()[-3] for line in lines if re.match(r" \d ", line)]
+
+
+def test_the_cost_compares_across_layers_and_units_of_measurement():
+    """It is the change of what a layer answers, relative to its variance: 0 for a copy, the same at another scale."""
+    first, second = perceptron(3), perceptron(4)
+    larger = [copy.deepcopy(model) for model in (first, second)]
+    with torch.no_grad():
+        for model in larger:
+            model[0].weight *= 100
+            model[0].bias *= 100
+            model[2].weight /= 100
+    options = {"share": 1.0, "progress": False, "compensate": False, "spread": False}
+    data = [torch.randn(64, 6) for _ in range(2)]
+    made = []
+    for models in ((first, second), larger, (first, copy.deepcopy(first))):
+        tasks = [tz.Task(name, model.eval(), [x]) for name, model, x in zip(("a", "b"), models, data, strict=True)]
+        made.append(tz.zip(tasks, **options))
+    usual, scaled, copied = made
+    relative = [record.relative_cost for record in usual.history.layers]
+    assert cells(usual) == [*(f"{100 * cost:.1f}%" for cost in relative[:2]), "-"]
+    assert all(1e-3 < cost < 2 for cost in relative[:2])
+    assert scaled.history.layers[0].cost == pytest.approx(1e4 * usual.history.layers[0].cost, rel=1e-3)
+    assert scaled.history.layers[0].relative_cost == pytest.approx(relative[0], rel=1e-3)
+    assert cells(copied) == ["0.0%", "0.0%", "-"]
+    assert usual.summary().count("in percent of their variance") == 1
+
+
+def test_the_cost_is_the_change_of_the_outputs():
+    """Two layers that read the same data: merged weights against each task's own, by hand."""
+    data = torch.randn(200, 6).double()
+    models = [perceptron(3).double(), perceptron(3).double()]
+    tasks = [tz.Task(name, model.eval(), [data]) for name, model in zip(("a", "b"), models, strict=True)]
+    options = {"spread": False, "compensate": False, "damping": 0.0, "max_rows": None}
+    zipped = tz.zip(tasks, share={"0": 1.0}, progress=False, **options)
+    changed = variance = 0.0
+    for name, model in zip("ab", models, strict=True):
+        now, before = zipped[name][0](data).detach(), model[0](data).detach()
+        # Units have moved: those that are closest to what they were are the same.
+        apart = (now[:, :, None] - before[:, None]).square().mean(0)
+        changed += float(apart[torch.arange(8), order_of(zipped[name], model)].sum())
+        variance += float(before.var(0, correction=0).sum())
+    assert zipped.history.layers[0].relative_cost == pytest.approx(changed / variance, rel=1e-5)
+
+
+def order_of(now: nn.Module, before: nn.Module) -> torch.Tensor:
+    """Which unit stands where: the next layer reads it by weights that are what they were."""
+    columns = (now[2].weight.sum(0)[:, None] - before[2].weight.sum(0)).abs()
+    return columns.argmin(1)
+
+
+def test_checkpoints_of_before_show_the_bare_sum():
+    zipped = tz.zip(two_tasks(perceptron(3), perceptron(4)), share=1.0, progress=False)
+    history = zipped.history.as_dict()
+    for record in history["layers"]:
+        del record["relative_cost"]
+    zipped.history = type(zipped.history).from_dict(history)
+    assert cells(zipped)[0] == f"{zipped.history.layers[0].cost:.3g}"
+    assert "percent of their variance" not in zipped.summary()

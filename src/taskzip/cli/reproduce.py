@@ -14,7 +14,8 @@ from taskzip.experiments import fig2, methods, table1
 from taskzip.experiments.networks import Shelf
 
 app = typer.Typer(
-    help="The paper's experiments on MNIST (Sec. 4.1), from training to the picture.", no_args_is_help=True
+    help="The paper's experiments on MNIST (Sec. 4.1), and what each step is worth, from training to the picture.",
+    no_args_is_help=True,
 )
 
 Out = Annotated[Path, typer.Option(help="Folder for results and trained networks; what is there is not done again.")]

@@ -1,1 +1,1 @@
-"""The paper's tables and figures (Sec. 4), one file each, run by `taskzip reproduce`."""
+"""The paper's Fig. 2 and Table 1 (Sec. 4.1), and what each step is worth; run by `taskzip reproduce`."""

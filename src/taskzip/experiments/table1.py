@@ -61,7 +61,10 @@ def run(shelf: Shelf, out: Path) -> str:
 
 
 def row(shelf: Shelf, kind: Kind, sparse: bool) -> Row:
-    """Zip two networks of a kind fully, with the library's defaults; then retrain with labels, as the paper does."""
+    """Zip two networks of a kind fully, with the library's defaults; then retrain with labels.
+
+    As many iterations as in the paper, which spreads them over the layers (line 10 of Algorithm 1).
+    """
     networks = [shelf.pruned(kind, "mnist", seed) if sparse else shelf.trained(kind, "mnist", seed) for seed in (0, 1)]
     pair = Pair((networks[0], networks[1]), ("mnist", "mnist"))
     zipped = tz.zip(pair.calibration(seed=0), share=1.0, progress=False)

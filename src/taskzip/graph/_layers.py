@@ -9,6 +9,7 @@ import numpy as np
 from torch.fx import Node
 
 from taskzip.graph._nodes import arguments, op_name
+from taskzip.graph._norm_readers import norm_readers
 from taskzip.graph._rest import Uses, words
 from taskzip.graph._scales import powers
 from taskzip.graph._units import PINNED, Ids
@@ -52,7 +53,8 @@ class Reading:
         layers = [self._layer(weight, space_of) for weight in self._uses]
         rest = self._rest({name for layer in layers for name in (layer.weight, layer.bias)}, space_of, unreached)
         scales = self._scales(spaces)
-        return Structure(tuple(layers), spaces, self._axes, scales, tuple(unreached), tuple(rest))
+        norms = norm_readers(self._c, set(self._parameters))
+        return Structure(tuple(layers), spaces, self._axes, scales, tuple(unreached), tuple(rest), norms=norms)
 
     def _rest(
         self, told: Collection[str | None], space_of: Mapping[int, int], unreached: Sequence[str]

@@ -34,6 +34,33 @@ class BatchNormNames:
 
 
 @dataclass(frozen=True)
+class NormReader:
+    """A layer that reads what a batch-norm gives: per input, of which channel it comes, -1 where of none."""
+
+    layer: str
+    channels: np.ndarray
+
+
+@dataclass(frozen=True)
+class NormReaders:
+    """What stands behind a batch-norm, wherever it stands itself.
+
+    Attributes:
+        name: the path of its module.
+        readers: the layers that could take its scale and shift over: nothing else reads it, and what stands between
+            gives the same before as behind it.
+        obstacle: why there are none, or "".
+        no_shift, positive: why that needs a shift of 0 and scales above 0, or "".
+    """
+
+    name: str
+    readers: tuple[NormReader, ...]
+    obstacle: str
+    no_shift: str
+    positive: str
+
+
+@dataclass(frozen=True)
 class Layer:
     """One weight that a linear layer or a convolution reads.
 
@@ -155,6 +182,7 @@ class Structure:
         scales: which units may be made larger or smaller.
         unreached: the parameters and buffers that no call of the network reached.
         rest: the parameters that are no weight or bias of a layer.
+        norms: what reads each batch-norm.
     """
 
     layers: tuple[Layer, ...]
@@ -163,6 +191,7 @@ class Structure:
     scales: Scales = field(repr=False)
     unreached: tuple[str, ...] = ()
     rest: tuple[Rest, ...] = ()
+    norms: tuple[NormReaders, ...] = field(default=(), repr=False, kw_only=True)
 
     def layer(self, name: str) -> Layer:
         """The layer of that name."""

@@ -1,6 +1,8 @@
-"""Residual networks for small images: ResNet-18 and ResNet-20 of He et al. 2016, ResNet-28 of the paper's Section 4.3.
+"""Residual networks for small images: ResNet-18 and ResNet-20 of He et al. 2016, and ResNet-28.
 
-K. He, X. Zhang, S. Ren, J. Sun, *Deep Residual Learning for Image Recognition*, CVPR 2016 (arXiv:1512.03385).
+K. He, X. Zhang, S. Ren, J. Sun, *Deep Residual Learning for Image Recognition*, CVPR 2016 (arXiv:1512.03385). The
+experiments with ResNet-28 in the paper's Section 4.3 follow S.-A. Rebuffi, H. Bilen, A. Vedaldi, *Learning Multiple
+Visual Domains with Residual Adapters*, NeurIPS 2017 (arXiv:1705.08045); the widths are theirs.
 """
 
 import itertools
@@ -117,7 +119,7 @@ class ResNet20(ResNet):
 
 
 class ResNet28(ResNet):
-    """ResNet-28 of the paper's Section 4.3: three groups of four basic blocks with 64, 128 and 256 channels.
+    """ResNet-28 as in the paper's Section 4.3: three groups of four basic blocks with 64, 128 and 256 channels.
 
     Args: as for `ResNet`.
     """

@@ -10,7 +10,7 @@ from typing import Any
 from taskzip.zipped.blocks import original_class
 from taskzip.zipped.model import ZippedModel
 from taskzip.zipped.sizes import bytes_apart, bytes_together
-from taskzip.zipped.summary import certificate, part_of, separate_parameters
+from taskzip.zipped.summary import COST, certificate, cost_of, part_of, separate_parameters
 
 _FRONT = """\
 ---
@@ -23,7 +23,7 @@ tags:
 ---
 """
 
-_FOUND = ("samples", "folded", "connections", "flops", "search")
+_FOUND = ("samples", "folded", "unfolded", "pruned", "connections", "flops", "search")
 """What `zip` found out; the other settings are those that it was given."""
 
 
@@ -111,9 +111,9 @@ def _layers(zipped: ZippedModel) -> str:
     rows = []
     for r in zipped.history.layers:
         units = " / ".join(map(str, dict.fromkeys(r.units)))
-        cost = f"{r.cost:.3g}" if r.shared else "-"
-        rows.append([r.name, units, str(r.shared), cost, f"{r.before:,}", f"{r.after:,}", r.note])
-    return _table(["layer", "units", "shared", "layer error", "parameters apart", "together", "private because"], rows)
+        rows.append([r.name, units, str(r.shared), cost_of(r), f"{r.before:,}", f"{r.after:,}", r.note])
+    head = ["layer", "units", "shared", "cost", "parameters apart", "together", "private because"]
+    return f"{_table(head, rows)}\n\n{COST}"
 
 
 def _use(zipped: ZippedModel, source: str) -> str:

@@ -28,6 +28,8 @@ class LayerRecord:
         before: parameters of the separate layers together.
         after: parameters of the zipped layer.
         note: why nothing could be shared, or "".
+        relative_cost: `cost` over what it would be if the pre-activations of the units that can pair were lost, half
+            their variance: a number that compares across layers and networks. None in checkpoints of before.
     """
 
     name: str
@@ -38,6 +40,7 @@ class LayerRecord:
     before: int
     after: int
     note: str = ""
+    relative_cost: float | None = None
 
 
 @dataclass
@@ -114,7 +117,8 @@ class ZippedModel(nn.Module):
     def summary(self) -> str:
         """Tables for people, at most 100 columns.
 
-        Per layer: units, shared units, cost, parameters before and after. Per task, for all apart, and together: FLOPs
+        Per layer: units, shared units, what sharing them cost in percent of the variance of the layer's outputs,
+        parameters before and after. Per task, for all apart, and together: FLOPs
         of one sample's forward pass (a multiply-add is 2, as `torch.utils.flop_counter` counts), which were counted on
         the calibration data when the networks were zipped, and bytes of parameters and buffers.
         """
@@ -180,19 +184,31 @@ class ZippedModel(nn.Module):
         chosen = self.tasks if tasks is None else tasks
         return sum({p: p.numel() for name in chosen for p in self.tasks[name].parameters()}.values())
 
-    def layer_weights(self) -> list[list[nn.Parameter]]:
-        """The weight of every layer of every task, biases left out: a dense parameter, or blocks."""
+    def layer_weights(self, *, pruned: bool = False) -> list[list[nn.Parameter]]:
+        """The weight of every layer of every task, biases left out: a dense parameter, or blocks.
+
+        Args:
+            pruned: only of layers whose zeros are missing connections.
+        """
         found = []
-        for task, network in enumerate(self.tasks.values()):
+        for task, (of, network) in enumerate(self.tasks.items()):
             blocks, parameters = installed(network), dict(network.named_parameters(remove_duplicate=False))
-            for name in (layer.names[task] for layer in self.history.layers if layer.names[task]):
+            for name in filter(None, (layer.names[task] for layer in self.history.layers)):
+                if pruned and not self._is_pruned(of, name):
+                    continue
                 weight = name if name in blocks or name in parameters else f"{name}.weight"
                 found.append(list(blocks[weight].parameters()) if weight in blocks else [parameters[weight]])
         return found
 
+    def _is_pruned(self, task: str, layer: str) -> bool:
+        """In checkpoints of before, every zero is a missing connection."""
+        return layer in self.history.settings["pruned"][task] if "pruned" in self.history.settings else True
+
     def connection_count(self) -> int:
-        """Weights of the layers that are not 0: a zero is a missing connection (Sec. 3.6)."""
-        return sum(int(p.count_nonzero()) for p in {p for weight in self.layer_weights() for p in weight})
+        """Weights of the layers, without missing connections: those that are 0 in pruned layers (Sec. 3.6)."""
+        pruned = {p for weight in self.layer_weights(pruned=True) for p in weight}
+        weights = {p for weight in self.layer_weights() for p in weight}
+        return sum(int(p.count_nonzero()) if p in pruned else p.numel() for p in weights)
 
     def shared_parameter_count(self) -> int:
         """Parameters that more than one task uses."""

@@ -13,10 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from taskzip.zipped.blocks import installed, spec_of
+from taskzip.zipped.folding import listed
 from taskzip.zipped.model import LayerRecord, ZippedModel
 from taskzip.zipped.sizes import bytes_apart, bytes_together
 
 WIDTH = 100
+
+COST = "Cost: what sharing weights changes of a layer's outputs, in percent of their variance."
 
 
 def summary_table(zipped: ZippedModel) -> str:
@@ -43,7 +46,14 @@ def summary_table(zipped: ZippedModel) -> str:
     for record in zipped.history.layers:
         table.add_row(*_row(record))
     lines = _lines(table)
+    if any(record.relative_cost is not None for record in zipped.history.layers if record.shared):
+        lines.append(_wrapped(COST))
     notes = [_wrapped(f"{r.name} stays private ({r.note}).") for r in zipped.history.layers if r.note]
+    notes += [
+        _wrapped(f"{name} keeps batch-norm private: {listed(private)}.")
+        for name, private in zipped.history.settings.get("unfolded", {}).items()
+        if private
+    ]
     weights = {p for weight in zipped.layer_weights() for p in weight}
     missing = sum(p.numel() for p in weights) - zipped.connection_count()
     if missing:
@@ -135,5 +145,11 @@ def separate_parameters(zipped: ZippedModel) -> int:
 
 def _row(record: LayerRecord) -> tuple[str, ...]:
     units = " / ".join(map(str, dict.fromkeys(record.units)))
-    cost = f"{record.cost:.3g}" if record.shared else "-"
-    return record.name, units, str(record.shared), cost, f"{record.before:,}", f"{record.after:,}"
+    return record.name, units, str(record.shared), cost_of(record), f"{record.before:,}", f"{record.after:,}"
+
+
+def cost_of(record: LayerRecord) -> str:
+    """What sharing a layer cost, in percent of the variance of its outputs; the bare sum in checkpoints of before."""
+    if not record.shared:
+        return "-"
+    return f"{record.cost:.3g}" if record.relative_cost is None else f"{record.relative_cost:.1%}"
