@@ -454,6 +454,6 @@ def test_data_that_can_be_read_only_once_behind_another_face() -> None:
 
 def test_a_plan_is_read_as_a_plan() -> None:
     assert Share({"0": 3}).as_dict() == {"share": {"0": 3}}
-    assert tz.Budget(0.5).as_dict() == {"budget": 0.5} and list(tz.Budget(100).named()) == []
+    assert tz.Budget(0.5).as_dict() == {"budget": 0.5} and list(tz.Budget(1000).named()) == []
     assert tz.MaxDrop(2, HELD_OUT).as_dict() == {"max_drop": 2.0, "confidence": 0.95}
     assert list(tz.MaxDrop(2, HELD_OUT).named()) == []

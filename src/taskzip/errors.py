@@ -30,6 +30,10 @@ class ExportError(TaskzipError):
     """A joint network that cannot be exported, or a file of it that cannot be written."""
 
 
+class TaskzipWarning(UserWarning):
+    """What works, but perhaps not as it was meant."""
+
+
 _FRAME = re.compile(r'File "(.+?)", line (\d+).*\n {4}(.+)')
 
 

@@ -119,7 +119,7 @@ class _Walk:
     def _cost(self, layer: JointLayers, part: Part) -> _Costs:
         """The difference to the units of earlier tasks in each slot of the joint space."""
         task = self._task
-        quota = self._quota(layer, part)
+        quota = part.quotas(self._quota(layer, part)).get(task, Quota(0))
         count = max((1 + int(slots.max()) for slots in self._settled(part.joint)), default=0)
         cost = _Costs(np.zeros((count, len(part.rows[task]))), np.zeros((count, 1)), quota)
         for t in [t for t in part.rows if t < task]:

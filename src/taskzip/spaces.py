@@ -13,6 +13,7 @@ import numpy as np
 
 from taskzip.correspondence import JointLayers
 from taskzip.members import Member
+from taskzip.plan import Quota
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,18 @@ class Part:
 
     @property
     def units(self) -> int:
-        """How many units of it can be shared at most."""
-        return min(map(len, self.rows.values()))
+        """How many pairs there can be at most when a task is added."""
+        return max(self.pairable())
+
+    def pairable(self) -> list[int]:
+        """Per task but the first, how many of its units can be paired when it is added to those before it."""
+        lengths = list(map(len, self.rows.values()))
+        return [min(n, max(lengths[:k])) for k, n in enumerate(lengths) if k]
+
+    def quotas(self, quota: Quota) -> dict[int, Quota]:
+        """Per task but the first, what it may share."""
+        _, *added = self.rows
+        return {t: quota.of(n, self.units) for t, n in zip(added, self.pairable(), strict=True)}
 
 
 class JointSpaces:

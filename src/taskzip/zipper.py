@@ -37,7 +37,7 @@ class Zipper:
         self.members = members
         self.settings = settings
         self.spaces = JointSpaces(members, layers)
-        self.recorder = Recorder(members)
+        self.recorder = Recorder(members, adapt=settings.adapt)
         shares = any(self._quota(layer, parts).pairs for layer in layers if (parts := self.spaces.parts(layer)))
         streams = self.spaces.streams if shares else set()
         self.common = CommonUnits(members)
@@ -181,7 +181,7 @@ class Zipper:
                 {t: self.members[t].slots[space][1] for t, space in part.spaces.items()} if placed and not own else None
             )
             how, aligned = self.settings, self._is_aligned(part) and not own
-            pairing = Pairing(each, how.matching, how.seed, aligned, how.connections)
+            pairing = Pairing(part.quotas(each), how.matching, how.seed, aligned, how.connections)
             common = None if inputs.cross else self.common.of(part)
             joint = JointLayer(sides, inputs, part.rows, pairing, given, common)
             if self.settings.spread:

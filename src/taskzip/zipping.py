@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from rich.console import Console
@@ -16,6 +16,7 @@ from taskzip.errors import InputError
 from taskzip.flops import record_flops
 from taskzip.matching import Matching
 from taskzip.members import Member
+from taskzip.naming import check_names
 from taskzip.observation import MaxRows
 from taskzip.plan import Budget, MaxDrop, SearchPlan, Share, SharePlan
 from taskzip.randomness import seeded
@@ -63,7 +64,7 @@ def zip_tasks(
         tasks: two or more tasks; widths, depths and inputs may differ. They are added one after another to the joint
             network (Sec. 3.4); a unit of a later task may join units that others share already.
         share: how much to share: a fraction of each hidden layer's units (of the smaller one), a dict by layer name
-            with fractions (float) or counts (int; an attention head counts as one), or `Threshold(eps)`; or what is
+            or glob ("encoder.*") with fractions (float) or counts (int; an attention head counts as one), or `Threshold(eps)`; or what is
             wanted of it, `Budget(size)` or `MaxDrop(points, data)`, for which the networks are zipped several times.
             Layers are called as in the first task's network.
         balance: the weight of each task's error (alpha): a dict by task name or a sequence, summing to 1; a single
@@ -101,7 +102,7 @@ def zip_tasks(
         max_rows: how many rows (samples times output positions) a layer's curvature is summed over: a number, "auto"
             (50 per column), or None for all.
         retrain: steps of light retraining after each layer that shares anything (line 10 of Algorithm 1): a number, a
-            dict by layer name, or `Retraining` for more settings. Default: none.
+            dict by layer name or glob, or `Retraining` for more settings. Default: none.
         progress: show a progress bar on standard error.
         seed: for sampled rows, random matching and retraining.
 
@@ -138,6 +139,8 @@ def zip_tasks(
     def zip_with(plan: Share) -> tuple[ZippedModel, list[Curve]]:
         return _zip(tasks, replace(settings, plan=plan), progress=False)
 
+    if isinstance(settings.plan, Share):
+        settings.plan.warn_of_ones()
     if wanted is None:
         zipped, _ = _zip(tasks, settings, progress)
     else:
@@ -157,8 +160,9 @@ def _zip_layers(tasks: Sequence[Task], settings: Settings, progress: bool) -> tu
     """Algorithm 1: layer by layer, each from inputs computed by the networks as zipped so far."""
     members = [Member(task, settings.seed, fold_batch_norm=settings.batch_norm == "fold") for task in tasks]
     layers = correspond([task.name for task in tasks], [m.structure.layers for m in members], settings.layers)
-    _check_names("share", settings.plan.named(), layers)
-    _check_names("retrain", settings.retraining.named(), layers)
+    known = list(dict.fromkeys(layer_name(layer) for layer in layers if 0 in layer or len(layer) > 1))
+    check_names("share", settings.plan.named(), known)
+    check_names("retrain", settings.retraining.named(), known)
     settings.retraining.check(tasks)
     zipped = ZippedModel({member.task.name: member.network for member in members})
     zipped.history.settings = settings.as_dict() | {
@@ -201,10 +205,3 @@ def _checked(tasks: Sequence[Task]) -> Sequence[Task]:
             )
             raise InputError(f"all parameters must have one {what}: {listed}. Convert the models with .to(...) first.")
     return tasks
-
-
-def _check_names(argument: str, named: Iterable[str], layers: Sequence[JointLayers]) -> None:
-    known = list(dict.fromkeys(layer_name(layer) for layer in layers if 0 in layer or len(layer) > 1))
-    for name in named:
-        if name not in known:
-            raise InputError(f"{argument} names layer {name!r}; the layers that can be named are {', '.join(known)}.")

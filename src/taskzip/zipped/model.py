@@ -108,9 +108,10 @@ class ZippedModel(nn.Module):
     def summary(self) -> str:
         """Tables for people, at most 100 columns.
 
-        Per layer: units, shared units, cost, parameters before and after. Per task, for all apart, and together: FLOPs
-        of one sample's forward pass (a multiply-add is 2, as `torch.utils.flop_counter` counts), which were counted on
-        the calibration data when the networks were zipped, and bytes of parameters and buffers.
+        Per layer: units, shared units, cost, parameters before and after; for three or more tasks, which of them share.
+        For each task's network as it was given, for all of these apart, and together: FLOPs of one sample's forward
+        pass (a multiply-add is 2, as `torch.utils.flop_counter` counts), which were counted on the calibration data
+        when the networks were zipped, and bytes of parameters and buffers.
         """
         from taskzip.zipped.summary import summary_table
 

@@ -60,14 +60,14 @@ def summary_table(zipped: ZippedModel) -> str:
 
 
 def _costs(zipped: ZippedModel) -> list[str]:
-    """FLOPs and bytes of each task by itself, of all of them apart, and together."""
+    """FLOPs and bytes of each task's original network, of all of these, and together; FLOPs of each zipped task."""
     flops = zipped.history.settings.get("flops")  # checkpoints of before do not have them
     apart = {name: bytes_apart(network) for name, network in zipped.tasks.items()}
     columns = [("bytes", [*apart.values(), sum(apart.values())], bytes_together(zipped))]
     if flops:
-        each = [flops["tasks"][name] for name in zipped]
-        together = sum(each) if flops["together"] is None else flops["together"]
-        columns.insert(0, ("FLOPs", [*each, sum(each)], together))
+        alone = [flops["tasks"][name] for name in zipped]
+        given = [flops_apart(flops)[name] for name in zipped]
+        columns.insert(0, ("FLOPs", [*given, sum(given)], flops_together(flops)))
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("task", overflow="fold")
     for title, _, _ in columns:
@@ -78,7 +78,21 @@ def _costs(zipped: ZippedModel) -> list[str]:
     if not flops:
         return _lines(table)
     of = "each on its own input" if flops["together"] is None else "of zipped(x), one input for all tasks"
-    return [*_lines(table), _wrapped(f"FLOPs for one sample, a multiply-add is 2; together: {of}.")]
+    notes = [_wrapped(f"FLOPs for one sample, a multiply-add is 2; together: {of}.")]
+    if alone != given:
+        by_itself = ", ".join(f"{name} {n:,}" for name, n in zip(zipped, alone, strict=True))
+        notes.append(_wrapped(f"FLOPs of one task of the joint network by itself: {by_itself}."))
+    return [*_lines(table), *notes]
+
+
+def flops_apart(flops: Mapping[str, Any]) -> dict[str, int]:
+    """Per task, FLOPs of the network that it was given as; of its zipped one where a checkpoint has no other."""
+    return dict(flops.get("originals", flops["tasks"]))
+
+
+def flops_together(flops: Mapping[str, Any]) -> int:
+    """FLOPs of all tasks of the joint network: one input for all, or each on its own."""
+    return int(sum(flops["tasks"].values()) if flops["together"] is None else flops["together"])
 
 
 def _amount(amount: int, whole: int) -> str:
