@@ -36,8 +36,7 @@ class Retraining:
     """How `zip` retrains after each layer (line 10 of Algorithm 1), in the words of `retrain`.
 
     Args:
-        steps: after every layer that shares anything, or a dict by layer name or glob ("encoder.*"); a layer left out is
-            not retrained.
+        steps: after every layer that shares anything, or a dict by layer name or glob; one left out is not retrained.
         loss: as in `retrain`.
         step_size: as in `retrain`.
         optimizer: as in `retrain`.

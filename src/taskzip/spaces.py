@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from taskzip.correspondence import JointLayers
+from taskzip.graph import Layer
 from taskzip.members import Member
 from taskzip.plan import Quota
 
@@ -85,7 +86,7 @@ class JointSpaces:
         """The (task, space) of a joint space."""
         return [key for key, each in self._joint.items() if each == joint]
 
-    def parts(self, layer: JointLayers) -> list[Part]:
+    def parts(self, layer: Mapping[int, Layer]) -> list[Part]:
         """The units of a joint layer by joint space, where at least two tasks have them."""
         found: dict[int, dict[int, list[tuple[int, np.ndarray]]]] = {}
         for t, each in alike(layer).items():
@@ -101,7 +102,7 @@ class JointSpaces:
                 parts.append(Part(joint, {t: s for t, (s, _) in level.items()}, {t: r for t, (_, r) in level.items()}))
         return parts
 
-    def _met(self, layer: JointLayers) -> list[list[tuple[int, int]]]:
+    def _met(self, layer: Mapping[int, Layer]) -> list[list[tuple[int, int]]]:
         """The spaces of one joint layer that belong together: the first with the first, and so on."""
         spaces = [[(t, space) for space in each.spaces] for t, each in alike(layer).items()]
         spaces = [each for each in spaces if len(each) == len(spaces[0])]
@@ -123,14 +124,14 @@ class JointSpaces:
         return {self._joint[task, space] for space in spaces.tolist() if (task, space) in self._joint}
 
 
-def alike(layers: JointLayers) -> JointLayers:
+def alike(layers: Mapping[int, Layer]) -> dict[int, Layer]:
     """The layers of a joint layer that can have weights in common: those of the kind and kernel that most have."""
     able = {t: layer for t, layer in layers.items() if not layer.pinned}
     forms = [layer.form for layer in able.values()]
     return {t: layer for t, layer in able.items() if layer.form == max(forms, key=forms.count)}
 
 
-def of_one_kind(layers: JointLayers) -> JointLayers:
+def of_one_kind(layers: Mapping[int, Layer]) -> dict[int, Layer]:
     """Those with a bias, or those without one: whichever are more."""
     biased = [layer.bias is not None for layer in layers.values()]
     most = 2 * sum(biased) >= len(biased)

@@ -78,10 +78,11 @@ class Zipper:
             for t in inputs.layers:
                 members[t].changed = True
         note = "" if all(layer.pinned == OUTPUT for layer in layers.values()) else obstacle
-        return self._record(layers, shared, sum(joint.cost for joint in joints) if shared else 0.0, before, note)
+        cost = sum(joint.cost for joint in joints) if shared else 0.0
+        return self._record(layers, shared, self._groups(parts, joints), cost, before, note)
 
     def _quota(self, layers: JointLayers, parts: Sequence[Part]) -> Quota:
-        if list(layers) != [0] and len(layers) == 1:  # a layer of another network alone, perhaps of the same name
+        if layers.alone:
             return Quota(0)
         units = sum(part.units for part in parts) or min(layer.units for layer in layers.values())
         return self.settings.plan.quota(layer_name(layers), units)
@@ -129,7 +130,7 @@ class Zipper:
             parts, obstacle = [], "no inputs in common (what it reads is not shared, or differs in size)"
         return inputs, parts, "" if parts else obstacle
 
-    def _obstacle(self, layers: JointLayers, able: JointLayers) -> str:
+    def _obstacle(self, layers: JointLayers, able: Mapping[int, Layer]) -> str:
         """Why some of the layers cannot take part."""
         for t, layer in layers.items():
             if layer.pinned:
@@ -203,17 +204,38 @@ class Zipper:
                 self.members[t].place(space, part.joint, order, joint.slots[t][order])
                 joint.reorder(t, order)
 
-    def _record(self, layers: JointLayers, shared: int, cost: float, before: int, note: str) -> LayerRecord:
-        """What happened to one layer; what a task does not have is ""."""
-        tasks = range(len(self.members))
+    def _groups(self, parts: Sequence[Part], joints: Sequence[JointLayer]) -> dict[tuple[str, ...], int]:
+        """How many rows which tasks share, most tasks first."""
+        found: dict[Owners, int] = {}
+        for part, joint in zip(parts, joints, strict=False):
+            for owners, group in joint.groups.items():
+                if len(owners) > 1:
+                    height = part.rows[owners[0]].shape[1]
+                    found[owners] = found.get(owners, 0) + len(group.units) * height
+        members = {owners: sorted((self.members[t] for t in owners), key=lambda m: m.number) for owners in found}
+        ranked = sorted(found, key=lambda owners: (-len(owners), [m.number for m in members[owners]]))
+        return {tuple(m.task.name for m in members[owners]): found[owners] for owners in ranked}
+
+    def _record(
+        self,
+        layers: JointLayers,
+        shared: int,
+        groups: Mapping[tuple[str, ...], int],
+        cost: float,
+        before: int,
+        note: str,
+    ) -> LayerRecord:
+        """What happened to one layer, tasks as the caller gave them; what a task does not have is ""."""
+        tasks = sorted(range(len(self.members)), key=lambda t: self.members[t].number)
         names = tuple(layers[t].name if t in layers else "" for t in tasks)
         units = tuple(layers[t].units if t in layers else 0 for t in tasks)
-        return LayerRecord(layer_name(layers), names, units, shared, cost, before, _size(self.members, layers), note)
+        after = _size(self.members, layers)
+        return LayerRecord(layers.name, names, units, shared, cost, before, after, note, tuple(groups.items()))
 
 
 def layer_name(layers: JointLayers) -> str:
-    """What a joint layer is called: as the first network that has it calls it."""
-    return next(iter(layers.values())).name
+    """What a joint layer is called: as the first of the caller's networks that has it calls it."""
+    return layers.name
 
 
 def _shared_rows(task: int, parts: Sequence[Part], joints: Sequence[JointLayer]) -> dict[Owners, np.ndarray]:

@@ -10,10 +10,11 @@ from dataclasses import replace
 from rich.console import Console
 from rich.progress import Progress
 
-from taskzip.correspondence import JointLayers, Layers, correspond
+from taskzip.correspondence import Layers, correspond
 from taskzip.curves import Curve
 from taskzip.errors import InputError
 from taskzip.flops import record_flops
+from taskzip.joining_order import joining_order
 from taskzip.matching import Matching
 from taskzip.members import Member
 from taskzip.naming import check_names
@@ -62,10 +63,13 @@ def zip_tasks(
 
     Args:
         tasks: two or more tasks; widths, depths and inputs may differ. They are added one after another to the joint
-            network (Sec. 3.4); a unit of a later task may join units that others share already.
-        share: how much to share: a fraction of each hidden layer's units (of the smaller one), a dict by layer name
-            or glob ("encoder.*") with fractions (float) or counts (int; an attention head counts as one), or `Threshold(eps)`; or what is
-            wanted of it, `Budget(size)` or `MaxDrop(points, data)`, for which the networks are zipped several times.
+            network (Sec. 3.4), the widest first, in whatever order they are given; a unit of a later task may join
+            units that others share already.
+        share: how much to share: a fraction of each hidden layer's units (float; of the smaller one), a dict by layer
+            name or glob ("encoder.*") with fractions (float) or counts (int; an attention head counts as one), or
+            `Threshold(eps)`; or what is wanted of it, `Budget(size)` or `MaxDrop(points, data)`, for which the
+            networks are zipped several times. A layer's own name goes before globs, and of several globs the one with
+            most characters that are no wildcards counts.
             Layers are called as in the first task's network.
         balance: the weight of each task's error (alpha): a dict by task name or a sequence, summing to 1; a single
             number is the first task's. Default: equal.
@@ -94,7 +98,8 @@ def zip_tasks(
             "fold": it becomes part of the layer before it, so that fully shared layers are common to all tasks. One
             that does not directly follow a layer stays private.
         layers: which layers belong together: "order", "name", or a dict from the first task's layers to those of the
-            second, or to dicts by task name. Default: by order where the networks have equally many, else by name.
+            second, or to dicts by task name. Default: by order where the networks have the same kinds of layers in the
+            same order, else by what the layers are (kind, kernel, what they read and write, size, name).
             A layer without a partner stays private.
         damping: added to each curvature, relative to the mean of its diagonal.
         ridge: strength with which compensation holds on to the present weights, relative to the inputs' mean square.
@@ -139,10 +144,10 @@ def zip_tasks(
     def zip_with(plan: Share) -> tuple[ZippedModel, list[Curve]]:
         return _zip(tasks, replace(settings, plan=plan), progress=False)
 
-    if isinstance(settings.plan, Share):
-        settings.plan.warn_of_ones()
     if wanted is None:
         zipped, _ = _zip(tasks, settings, progress)
+        if isinstance(settings.plan, Share):
+            settings.plan.warn_of_ones()
     else:
         zipped = search(wanted, tasks, zip_with, seed=settings.seed, progress=progress)
     with seeded(settings.seed):
@@ -158,9 +163,10 @@ def _zip(tasks: Sequence[Task], settings: Settings, progress: bool) -> tuple[Zip
 
 def _zip_layers(tasks: Sequence[Task], settings: Settings, progress: bool) -> tuple[ZippedModel, list[Curve]]:
     """Algorithm 1: layer by layer, each from inputs computed by the networks as zipped so far."""
-    members = [Member(task, settings.seed, fold_batch_norm=settings.batch_norm == "fold") for task in tasks]
-    layers = correspond([task.name for task in tasks], [m.structure.layers for m in members], settings.layers)
-    known = list(dict.fromkeys(layer_name(layer) for layer in layers if 0 in layer or len(layer) > 1))
+    fold = settings.batch_norm == "fold"
+    members = [Member(task, settings.seed, number=t, fold_batch_norm=fold) for t, task in enumerate(tasks)]
+    layers = correspond([task.name for task in tasks], [m.structure for m in members], settings.layers)
+    known = list(dict.fromkeys(layer.name for layer in layers if not layer.alone))
     check_names("share", settings.plan.named(), known)
     check_names("retrain", settings.retraining.named(), known)
     settings.retraining.check(tasks)
@@ -172,7 +178,10 @@ def _zip_layers(tasks: Sequence[Task], settings: Settings, progress: bool) -> tu
     }
     with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
         todo = bar.add_task("putting residual streams into order", total=len(layers))
-        zipper = Zipper(members, layers, settings)
+        order = joining_order(members, layers)
+        layers = [layer.renumbered(order) for layer in layers]
+        balance = tuple(settings.balance[t] for t in order)
+        zipper = Zipper([members[t] for t in order], layers, replace(settings, balance=balance))
         for layer in layers:
             bar.update(todo, description=f"zipping {layer_name(layer)}")
             start = time.perf_counter()

@@ -57,7 +57,10 @@ def _merged(zipped: ZippedModel) -> str:
     joint = bytes_together(zipped)
     rows.append(["together", "", f"{joint:,} ({part_of(joint, whole)})", _flops_together(flops), ""])
     table = _table(["task", "network", "bytes", "FLOPs", "calibration samples"], rows)
-    return f"{table}\n\nFLOPs are those of one sample's forward pass; a multiply-add is 2. Those of a task are its original network's."
+    return (
+        f"{table}\n\nFLOPs are those of one sample's forward pass; a multiply-add is 2. A task's are those of the "
+        f"network that was merged."
+    )
 
 
 def _flops_together(flops: Mapping[str, Any] | None) -> str:

@@ -28,6 +28,7 @@ class LayerRecord:
         before: parameters of the separate layers together.
         after: parameters of the zipped layer.
         note: why nothing could be shared, or "".
+        groups: which tasks share how many units, most tasks first; none where a checkpoint does not say.
     """
 
     name: str
@@ -38,6 +39,13 @@ class LayerRecord:
     before: int
     after: int
     note: str = ""
+    groups: tuple[tuple[tuple[str, ...], int], ...] = ()
+
+    @classmethod
+    def from_dict(cls, d: Mapping[str, Any]) -> LayerRecord:
+        """From JSON."""
+        groups = tuple((tuple(tasks), units) for tasks, units in d.get("groups", ()))
+        return cls(**{**d, "names": tuple(d["names"]), "units": tuple(d["units"]), "groups": groups})
 
 
 @dataclass
@@ -55,8 +63,7 @@ class History:
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> History:
         """From JSON."""
-        layers = [LayerRecord(**{**r, "names": tuple(r["names"]), "units": tuple(r["units"])}) for r in d["layers"]]
-        return cls(d["settings"], layers, d["later"])
+        return cls(d["settings"], list(map(LayerRecord.from_dict, d["layers"])), d["later"])
 
 
 class ZippedModel(nn.Module):

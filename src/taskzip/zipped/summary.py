@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from io import StringIO
 from typing import Any
 
@@ -44,6 +44,7 @@ def summary_table(zipped: ZippedModel) -> str:
         table.add_row(*_row(record))
     lines = _lines(table)
     notes = [_wrapped(f"{r.name} stays private ({r.note}).") for r in zipped.history.layers if r.note]
+    notes[:0] = [_wrapped(text) for text in (*_together(zipped), *_who_shares(zipped)) if text]
     weights = {p for weight in zipped.layer_weights() for p in weight}
     missing = sum(p.numel() for p in weights) - zipped.connection_count()
     if missing:
@@ -57,6 +58,33 @@ def summary_table(zipped: ZippedModel) -> str:
         notes.insert(0, _wrapped(certificate(search)))
     head = _wrapped(f"{' + '.join(zipped)}: {before:,} parameters apart, {after:,} together")
     return "\n".join([head, *lines, *_costs(zipped), *notes])
+
+
+def _together(zipped: ZippedModel) -> Iterator[str]:
+    """Which layers were put together, where tasks call them differently."""
+    pairs = []
+    for record in zipped.history.layers:
+        others = [
+            f"{name} ({task})" if len(zipped) > 2 else name
+            for task, name in zip(zipped, record.names, strict=True)
+            if name not in ("", record.name)
+        ]
+        if others and record.shared:
+            pairs.append(f"{record.name} with {' and '.join(others)}")
+    if pairs:
+        yield f"Put together: {', '.join(pairs)}."
+
+
+def _who_shares(zipped: ZippedModel) -> Iterator[str]:
+    """Per layer, which of three or more tasks share how many units; alike layers are said once."""
+    found: dict[str, list[str]] = {}
+    for record in zipped.history.layers if len(zipped) > 2 else ():
+        if record.groups:
+            said = ", ".join(f"{'+'.join(tasks)} {units}" for tasks, units in record.groups)
+            found.setdefault(said, []).append(record.name)
+    if found:
+        each = (f"{said} in {', '.join(names)}" for said, names in found.items())
+        yield f"Shared units: {'; '.join(each)}."
 
 
 def _costs(zipped: ZippedModel) -> list[str]:
