@@ -69,12 +69,15 @@ def test_networks_of_one_width_and_other_settings(options: dict[str, object]) ->
 def test_fully_shared_shares_all_units_that_have_a_partner() -> None:
     zipped = zipped_in((0, 1, 2), THREE, X)
     for record in zipped.history.layers[:2]:
-        assert dict(record.groups) == {("a", "b", "c"): 16, ("b", "c"): 8}
-        assert record.shared == 24
-    assert "Shared units: a+b+c 16, b+c 8 in 0, 2." in zipped.summary()
-    rows, inputs = (16 + 8) * 7 + 8 * 7, (16, 8, 8)
-    second = (16 + 8 + 8) + sum(n * 32 for n in inputs)  # of inputs that a row does not share it has its own weights
-    assert zipped.parameter_count() == rows + second + sum(p.numel() for m in THREE for p in m[4].parameters())
+        owned = {task: sum(units for tasks, units in record.groups if task in tasks) for task in "ab"}
+        assert owned == {"a": 16, "b": 24}
+        assert all("c" in tasks for tasks, _ in record.groups)  # so that the joint layer has the 32 units of c
+    said = ", ".join(f"{'+'.join(tasks)} {units}" for tasks, units in zipped.history.layers[0].groups)
+    assert f"{said} in 0" in zipped.summary()
+    names = {name for name, _ in zipped["a"][0].bias_blocks.named_parameters()}
+    assert names == {"+".join(tasks) for tasks, _ in zipped.history.layers[0].groups if "a" in tasks}
+    first = 32 * 7  # every row of c, some of which others have in common
+    assert sum(p.numel() for p in {p for task in zipped for p in zipped[task][0].parameters()}) == first
 
 
 def test_a_fraction_is_one_of_the_smaller_network_that_is_added() -> None:

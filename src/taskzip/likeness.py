@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from taskzip.graph import OUTPUT, Layer, Structure
+from taskzip.graph import Layer, Structure
 
 _INPUT, _FIXED = -1, -2
 """In place of a space: the network's own input, and other inputs in a fixed order."""
@@ -131,8 +131,7 @@ def _likeness(one: _Description, writes: Sequence[int], other: _Description, pai
     named = _NAMED if a.name == b.name else 0.0
     far = _FAR * abs(one.place - other.place)
     if a.pinned or b.pinned:
-        same = a.pinned == b.pinned and (a.pinned == OUTPUT or a.form == b.form)
-        return _PRIVATE * (1 + named) - far if same else 0.0
+        return _PRIVATE * (1 + named) - far if a.pinned == b.pinned and a.form == b.form else 0.0
     if a.form != b.form or len(writes) != len(b.spaces):
         return 0.0
     if any(pairs.there.get(x, y) != y or pairs.back.get(y, x) != x for x, y in zip(writes, b.spaces, strict=True)):
