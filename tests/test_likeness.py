@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -113,3 +114,15 @@ def test_what_was_put_together_does_not_depend_on_the_order_of_the_tasks() -> No
 def test_the_same_architecture_is_put_together_layer_by_layer() -> None:
     for names in pairs(found([Stages((2, 1)), Stages((2, 1), width=6)], torch.randn(6, 1, 8, 8))):
         assert names[0] == names[1]
+
+
+def test_inspect_says_of_tasks_what_zip_puts_together() -> None:
+    models, x = [Stages((1, 1)), Stages((2, 1), prefix="x")], torch.randn(6, 1, 8, 8)
+    seen = tz.inspect([tz.Task(name, model.eval(), [x]) for name, model in zip("ab", models, strict=True)])
+    lines = [line.split() for line in str(seen).splitlines()]
+    assert lines[0] == ["a", "b"] and ["net.stem", "net.xstem"] in lines
+    records = found(models, x).history.layers
+    assert [tuple(line) for line in lines[1:]] == [tuple(name or "-" for name in record.names) for record in records]
+    for wrong in (3, [models[0]], "ab"):
+        with pytest.raises(tz.InputError, match="a network and an example input, or a list of"):
+            tz.inspect(wrong)  # type: ignore[call-overload]

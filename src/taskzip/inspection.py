@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
 
+from taskzip.comparison import Comparison, compare
 from taskzip.errors import InputError
 from taskzip.flops import flops_per_sample
 from taskzip.graph import Structure, analyse
 from taskzip.observation import evaluating
-from taskzip.task import call, input_tensors
+from taskzip.task import Task, call, input_tensors
 from taskzip.zipped.sizes import bytes_together
 
 
@@ -33,11 +35,21 @@ class Inspection(Structure):
         return f"{super().__str__()}\n{self.flops:,} FLOPs per sample (a multiply-add is 2), {self.bytes:,} bytes"
 
 
-def inspect(model: nn.Module, example_input: Any) -> Inspection:
+@overload
+def inspect(model: nn.Module, example_input: Any) -> Inspection: ...
+
+
+@overload
+def inspect(model: Sequence[Task]) -> Comparison: ...
+
+
+def inspect(model: nn.Module | Sequence[Task], example_input: Any = None) -> Inspection | Comparison:
     """The layers of a network, which of them can be shared, and why the others cannot; its FLOPs and bytes. Print it.
 
+    Of a list of tasks: which of their layers `zip` puts together.
+
     Args:
-        model: the network; it is not changed.
+        model: the network; it is not changed. Or a list of tasks, without an example.
         example_input: a tensor, a tuple `(inputs, targets)`, or a dict for `model(**example_input)`; the first axis of
             every tensor is the sample.
 
@@ -45,6 +57,8 @@ def inspect(model: nn.Module, example_input: Any) -> Inspection:
         GraphError: torch.export cannot follow the network.
         InputError: the network fails on the example.
     """
+    if not isinstance(model, nn.Module):
+        return compare(model)
     with evaluating(model):
         found = analyse(model, example_input, call)
     return Inspection(found.layers, found.spaces, found.axes, _flops(model, example_input), bytes_together(model))
