@@ -84,7 +84,7 @@ def test_pairs_cost_less_where_fewer_inputs_are_shared_and_others_follow() -> No
     full = {**tradeoff.everything, third: 0}
     whole = tradeoff.cost(full) - tradeoff.cost({**full, second: 0})
     fraction = 1 / tradeoff.everything[first]
-    assert tradeoff.cost(half) - alone == pytest.approx(whole * fraction**3)
+    assert tradeoff.cost(half) - alone == pytest.approx(whole * fraction**4)
 
 
 def test_tasks_of_which_fewer_units_can_be_paired() -> None:

@@ -26,7 +26,7 @@ _PASSES = 5
 
 _TRIES = 12
 
-_POWER = 3
+_POWER = 4
 """A pair costs this power of the fraction of inputs that are shared: private weights follow the shared ones, and the
 best pairs of the layer before are shared first. Inputs that do not tell of each other would give the first; between
 the fourth and the sixth was measured on trained perceptrons."""
