@@ -237,10 +237,10 @@ def test_a_budget_uses_what_it_may(widths: Any, size: float, options: dict[str, 
 
 @pytest.mark.parametrize("points", [0, 5, 10])
 def test_no_task_loses_more_than_it_may_and_the_certificate_is_true(points: float) -> None:
-    plan = tz.MaxDrop(points, HELD_OUT, confidence=0.7, evaluations=10)
+    plan = tz.MaxDrop(points, HELD_OUT, confidence=0.7, evaluations=6)
     zipped = run_zip(PAIR, plan)
-    check_certificate(zipped, PAIR, HELD_OUT, points, evaluations=10)
-    assert zipped.history.settings["search"]["evaluations"] <= 10
+    check_certificate(zipped, PAIR, HELD_OUT, points, evaluations=6)
+    assert zipped.history.settings["search"]["evaluations"] <= 6
     assert same(zipped, run_zip(PAIR, counts_of(zipped)))
     if points:
         assert 0 < sum(counts_of(zipped).values()) < 18

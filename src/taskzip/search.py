@@ -166,7 +166,9 @@ class _Dropping:
 
     def run(self) -> ZippedModel:
         """Everything shared; if that loses too much, the family of cheapest plans; then layer by layer."""
-        tradeoff = Tradeoff(self._evaluate({}, Share(1.0)))
+        curves = self._evaluate({}, Share(1.0))
+        # Here small savings are tried, too, and what a layer costs on few common inputs is not known well enough.
+        tradeoff = Tradeoff(curve._replace(follows=False) for curve in curves)
         if self._best is None:
             self._too_much = [tradeoff.everything]
             self._family(tradeoff)
