@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import taskzip as tz
 from taskzip.correspondence import correspond
-from taskzip.graph import Layer
+from taskzip.graph import Layer, Structure
 
 DOUBLE = torch.float64
 
@@ -40,10 +40,14 @@ def layer(name: str) -> Layer:
     )
 
 
+def structure(letters: str) -> Structure:
+    return Structure(tuple(layer(name) for name in letters), (), {})
+
+
 def together(how: Any, *networks: str) -> list[str]:
     """Networks as words, their layers as letters; a joint layer as the letters of all tasks, "-" for none."""
     names = ["one", "two", "three", "four"][: len(networks)]
-    joint = correspond(names, [[layer(name) for name in letters] for letters in networks], how)
+    joint = correspond(names, [structure(letters) for letters in networks], how)
     return ["".join(each[t].name if t in each else "-" for t in range(len(networks))) for each in joint]
 
 
@@ -64,12 +68,12 @@ def test_by_name() -> None:
     assert together("name", "abe", "bce", "ade") == ["a-a", "bb-", "-c-", "--d", "eee"]
 
 
-def test_by_default_the_order_decides_for_equal_depths_and_else_the_names() -> None:
+def test_by_default_the_order_decides_for_the_same_kinds_and_else_likeness() -> None:
     assert together(None, "abc", "cab") == ["ac", "ba", "cb"]
     assert together(None, "abc", "ac") == ["aa", "b-", "cc"]
-    assert together(None, "abc", "xy") == ["ax", "by", "c-"]
+    assert together(None, "ac", "abc") == ["aa", "-b", "cc"]
     assert together(None, "abc", "ac", "abc") == ["aaa", "b-b", "ccc"]
-    assert together(None, "abc", "ac", "xyz") == ["aax", "bcy", "c-z"]  # no name that all of them know
+    assert together(None, "abc", "bc", "xbcz") == ["a-x", "bbb", "ccc", "--z"]
 
 
 @st.composite
@@ -89,6 +93,15 @@ def test_names_keep_the_order_of_every_network(words: list[str]) -> None:
         assert len(set(each) - {"-"}) == 1
     names = ["".join(set(each) - {"-"}) for each in joint]
     assert len(set(names)) == len(names)
+
+
+@given(networks())
+def test_likeness_keeps_the_order_of_every_network_and_does_not_depend_on_theirs(words: list[str]) -> None:
+    joint = together(None, *words)
+    for t, word in enumerate(words):
+        assert "".join(each[t] for each in joint if each[t] != "-") == word
+    turned = together(None, *words[::-1])
+    assert {each[::-1] for each in turned} == set(joint)
 
 
 @given(networks(), st.integers(0, 2**16))
@@ -205,18 +218,20 @@ def count(*models: nn.Module) -> int:
 
 
 def test_three_layers_and_five_by_default() -> None:
-    """By name: the three layers of one network are called like the first three of the other."""
+    """Hidden layers with hidden layers that read the same, the output with the output."""
     models, x = [fc(5, 8, 6, 3), fc(5, 7, 6, 6, 5, 2)], [vectors(40), vectors(50)]
     zipped = run_zip(models, x)
-    assert shared(zipped) == {("0", "0"): 7, ("2", "2"): 6, ("4", "4"): 0, ("", "6"): 0, ("", "8"): 0}
+    assert shared(zipped) == {("0", "0"): 7, ("2", "2"): 6, ("", "4"): 0, ("", "6"): 0, ("4", "8"): 0}
     notes = {record.names: record.note for record in zipped.history.layers}
-    assert notes["4", "4"] == "a: an output of the network"
-    assert notes["", "6"] == "no other network has such a layer"
-    assert notes["", "8"] == ""  # an output is nothing to explain
+    assert notes["", "4"] == notes["", "6"] == "no other network has such a layer"
+    assert notes["4", "8"] == ""  # an output is nothing to explain
+    by_name = run_zip(models, x, layers="name")
+    notes = {record.names: record.note for record in by_name.history.layers}
+    assert notes["4", "4"] == "a: an output of the network" and notes["", "8"] == ""
     saved = 7 * 5 + 7 + 6 * 7 + 6
     assert zipped.parameter_count() == count(*models) - saved
-    assert [record.units for record in zipped.history.layers] == [(8, 7), (6, 6), (3, 6), (0, 5), (0, 2)]
-    assert [record.before for record in zipped.history.layers][3:] == [6 * 5 + 5, 5 * 2 + 2]
+    assert [record.units for record in zipped.history.layers] == [(8, 7), (6, 6), (0, 6), (0, 5), (3, 2)]
+    assert [record.before for record in zipped.history.layers][2:4] == [6 * 6 + 6, 6 * 5 + 5]
     assert "stays private" in zipped.summary()
 
 
@@ -335,11 +350,16 @@ def test_share_names_joint_layers() -> None:
     def numbers(share: Any, **options: Any) -> list[int]:
         return [record.shared for record in run_zip(models, x, share=share, **options).history.layers]
 
-    assert numbers({"0": 3, "2": 0.5}) == [3, 3, 0, 0, 0]
+    assert numbers({"0": 3, "2": 0.5}) == numbers({"[02]": 3}) == numbers({"?": 3}) == [3, 3, 0, 0, 0]
+    with pytest.raises(tz.InputError, match=r"share names layer 'x\.\*'; the layers that can be named are 0, 2, 4\."):
+        numbers({"x.*": 0.5})
     with pytest.raises(tz.InputError, match=r"share names layer '8'; the layers that can be named are 0, 2, 4\."):
         numbers({"0": 3, "8": 0})
     with pytest.raises(tz.InputError, match=r"layer '4' cannot be shared .a: an output of the network"):
         numbers({"4": 1})
+    with pytest.warns(tz.TaskzipWarning, match="one unit"):
+        assert numbers({"0": 1, "2": 0.5}) == [1, 3, 0, 0, 0]
+    assert numbers({"0": 3}, retrain=tz.Retraining({"*": 1}, loss="distill"))[0] == 3
     models, x = models[::-1], x[::-1]
     with pytest.raises(tz.InputError, match=r"layer '6' cannot be shared .no other network has such a layer"):
         numbers({"0": 3, "6": 1})

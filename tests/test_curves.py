@@ -10,7 +10,7 @@ import pytest
 from taskzip.curves import Counts, Curve, PartSize, Read, Tradeoff
 
 
-def chain(seed: int, *, aligned: bool = False) -> Tradeoff:
+def chain(seed: int, *, aligned: bool = False, follows: bool = False) -> Tradeoff:
     """Three layers that read one another, with random costs and sizes."""
     rng = np.random.default_rng(seed)
     curves: list[Curve] = []
@@ -19,7 +19,7 @@ def chain(seed: int, *, aligned: bool = False) -> Tradeoff:
     for k, n in enumerate(units):
         cost = np.cumsum([0, *np.sort(rng.exponential(size=n))]) * rng.uniform(0.01, 1)
         reads = [Read(int(rng.integers(1, 10)) * inputs, writer)]
-        curves.append(Curve(f"layer{k}", cost.tolist(), [PartSize(n, 1)], 1, reads))
+        curves.append(Curve(f"layer{k}", cost.tolist(), [PartSize(n, 1)], 1, reads, follows))
         inputs, writer = n, None if aligned else (f"layer{k}", 0)
     return Tradeoff(curves)
 
@@ -31,9 +31,9 @@ def every_plan(tradeoff: Tradeoff) -> list[Counts]:
 
 
 @pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("aligned", [False, True])
-def test_the_cheapest_plan_saves_enough_and_hardly_any_plan_is_cheaper(seed: int, aligned: bool) -> None:
-    tradeoff = chain(seed, aligned=aligned)
+@pytest.mark.parametrize(("aligned", "follows"), [(False, False), (True, False), (False, True)])
+def test_the_cheapest_plan_saves_enough_and_hardly_any_plan_is_cheaper(seed: int, aligned: bool, follows: bool) -> None:
+    tradeoff = chain(seed, aligned=aligned, follows=follows)
     plans = every_plan(tradeoff)
     excess = []
     for fraction in (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0):
@@ -74,3 +74,40 @@ def test_parts_take_their_share_of_the_pairs_and_heads_have_many_rows() -> None:
     tradeoff = Tradeoff(curves)
     assert tradeoff.saving({"qkv": 3, "out": 2}) == 3 * 4 * 11 + 2 * 8
     assert tradeoff.saving({"qkv": 1, "out": 2}) == 1 * 4 * 11  # the one pair is of the first part
+
+
+def test_pairs_cost_less_where_fewer_inputs_are_shared_and_others_follow() -> None:
+    tradeoff = chain(2, follows=True)
+    first, second, third = tradeoff.everything
+    alone = tradeoff.cost({first: 1, second: 0, third: 0})
+    half = {**tradeoff.everything, first: 1, third: 0}
+    full = {**tradeoff.everything, third: 0}
+    whole = tradeoff.cost(full) - tradeoff.cost({**full, second: 0})
+    fraction = 1 / tradeoff.everything[first]
+    assert tradeoff.cost(half) - alone == pytest.approx(whole * fraction**4)
+
+
+def test_tasks_of_which_fewer_units_can_be_paired() -> None:
+    curves = [
+        Curve("a", [0.0] * 25, [PartSize(24, 1, (24, 16))], 2, [Read(2 * 64, None)]),
+        Curve("b", [0.0] * 9, [PartSize(8, 1)], 1, [Read(10, ("a", 0))]),
+    ]
+    tradeoff = Tradeoff(curves)
+    assert tradeoff.saving({"a": 24, "b": 0}) == (24 + 16) * 65
+    assert tradeoff.saving({"a": 10, "b": 0}) == (10 + 10) * 65
+    assert tradeoff.saving({"a": 10, "b": 8}) - 20 * 65 == 8 * (1 + 5)  # half of the pairs that there can be
+
+
+def test_without_cross_more_is_saved_the_fewer_inputs_are_shared() -> None:
+    """A shared row of two tasks saves all that both read but the common inputs once."""
+    curves = [
+        Curve("a", [0.0] * 5, [PartSize(4, 1)], 1, [Read(7, None)]),
+        Curve("b", [0.0] * 4, [PartSize(3, 1)], 1, [Read(4, ("a", 0), 8)]),
+    ]
+    tradeoff = Tradeoff(curves)
+    for n in (1, 2, 4):
+        plan = {"a": n, "b": 3}
+        assert tradeoff.expected(plan) == n * 8 + 3 * (1 + 8 - n)
+        assert tradeoff.saving(plan) == n * 8 + 3 * (1 + n)
+    found = tradeoff.fitting(30)
+    assert tradeoff.expected(found) >= 30

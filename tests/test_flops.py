@@ -65,6 +65,19 @@ def test_together_is_what_the_forward_of_the_joint_network_takes(monkeypatch: py
     assert flops(zipped)["together"] == 2 * (6 * 8 + 8 * 7 + 7 * 3 + 7 * 4)
 
 
+@pytest.mark.parametrize("options", [{}, {"cross": False}, {"batch_norm": "fold"}, {"aligned": True}])
+def test_those_of_the_originals_are_the_same_whatever_zip_does(options: dict[str, object]):
+    models = [conv_net(3), nn.Sequential(*conv_net(5), nn.BatchNorm1d(5)).eval()]
+    given = [2 * (64 * 4 * (2 * 9) + 9 * 6 * (4 * 9) + 54 * n) for n in (3, 5)]
+    tasks = [tz.Task(name, model, [torch.randn(16, 2, 8, 8)]) for name, model in zip("ab", models, strict=True)]
+    zipped = tz.zip(tasks, share=0.5, progress=False, **options)
+    assert flops(zipped)["originals"] == dict(zip("ab", given, strict=True))
+    apart = next(line for line in zipped.summary().splitlines() if line.startswith(" all, apart"))
+    assert apart.split()[2] == f"{sum(given):,}"
+    fewer = list(flops(zipped)["tasks"].values()) != given
+    assert fewer == ("cross" in options) == ("FLOPs of one task of the joint network by itself" in zipped.summary())
+
+
 def test_a_common_trunk_counts_once():
     zipped = zipped_pair([conv_net(3), conv_net(5)], [torch.randn(16, 2, 8, 8)] * 2, 1.0)
     assert flops(zipped)["together"] == 2 * (64 * 4 * (2 * 9) + 9 * 6 * (4 * 9) + 54 * 3 + 54 * 5)
@@ -80,7 +93,8 @@ def test_networks_for_batches_of_one_size():
             return self.out(self.hidden(x.reshape(32, 6)).relu())
 
     zipped = zipped_pair([Sized(), Sized()], [torch.randn(32, 6)] * 2, 0.0)
-    assert flops(zipped) == {"tasks": dict.fromkeys("ab", 2 * (48 + 24)), "together": 4 * (48 + 24)}
+    each = dict.fromkeys("ab", 2 * (48 + 24))
+    assert flops(zipped) == {"originals": each, "tasks": each, "together": 4 * (48 + 24)}
 
 
 def test_tasks_with_other_inputs_have_none_together():
@@ -96,7 +110,8 @@ def test_inputs_that_only_look_alike_have_none_together():
 
     data = [torch.arange(9).reshape(3, 3).flip(0), torch.arange(4).reshape(2, 2).repeat(1, 2)[:, :3]]
     zipped = zipped_pair([words(9), words(4)], data, 0.5)
-    assert flops(zipped) == {"tasks": dict.fromkeys("ab", 2 * 3 * (6 * 8 + 8 * 2)), "together": None}
+    each = dict.fromkeys("ab", 2 * 3 * (6 * 8 + 8 * 2))
+    assert flops(zipped) == {"originals": each, "tasks": each, "together": None}
 
 
 def test_a_forward_of_its_own_is_called_for_each_task():
@@ -105,7 +120,8 @@ def test_a_forward_of_its_own_is_called_for_each_task():
         for n in "ab"
     ]
     zipped = tz.zip(tasks, share=0.5, progress=False)
-    assert flops(zipped) == {"tasks": dict.fromkeys("ab", 2 * (6 * 8 + 8 * 7 + 7 * 3)), "together": None}
+    each = dict.fromkeys("ab", 2 * (6 * 8 + 8 * 7 + 7 * 3))
+    assert flops(zipped) == {"originals": each, "tasks": each, "together": None}
 
 
 def test_they_survive_saving(tmp_path: Path):

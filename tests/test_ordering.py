@@ -103,7 +103,7 @@ def assert_agrees(given: nn.Module, wanted: nn.Module, x: Tensor, tolerance: flo
 def joint_spaces(*models: nn.Module, how: Any = None) -> JointSpaces:
     members = [SimpleNamespace(structure=tz.inspect(model, vectors(3))) for model in models]
     names = [f"{t}" for t in range(len(models))]
-    return JointSpaces(members, correspond(names, [m.structure.layers for m in members], how))  # type: ignore[arg-type]
+    return JointSpaces(members, correspond(names, [m.structure for m in members], how))  # type: ignore[arg-type]
 
 
 def test_a_stream_is_what_several_joint_layers_write() -> None:

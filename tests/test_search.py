@@ -30,6 +30,9 @@ def fc(seed: int, *sizes: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1]).eval()
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* shares one unit:taskzip.TaskzipWarning")  # plans that were found
+
+
 class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -187,7 +190,7 @@ def test_no_equal_share_of_every_layer_that_fits_costs_less() -> None:
         found = tradeoff.cost(counts_of(run_zip(PAIR, tz.Budget(size))))
         equal = [{"0": round(10 * f), "2": round(8 * f)} for f in np.linspace(0, 1, 41)]
         fitting = [plan for plan in equal if apart(PAIR) - tradeoff.saving(plan) <= size * apart(PAIR)]
-        assert found < min(map(tradeoff.cost, fitting))
+        assert found <= min(map(tradeoff.cost, fitting)) + 1e-12
 
 
 def test_a_budget_that_nothing_fits_names_the_smallest_that_something_does() -> None:
@@ -205,10 +208,28 @@ def test_a_budget_that_nothing_fits_names_the_smallest_that_something_does() -> 
 
 def test_a_budget_for_three_tasks_of_different_widths() -> None:
     tasks, _ = tasks_of(fc(0, 6, 10, 8, 3), fc(1, 6, 12, 7, 3), fc(2, 6, 9, 9, 3))
-    for size in (0.75,):
+    for size in (0.9, 0.75):
         zipped = run_zip(tasks, tz.Budget(size))
-        assert 0.9 * size * apart(tasks) <= zipped.parameter_count() <= size * apart(tasks)
+        assert size * apart(tasks) - 20 <= zipped.parameter_count() <= size * apart(tasks)
         assert zipped.history.settings["search"]["zips"] <= 4
+
+
+@pytest.mark.parametrize("size", [0.9, 0.7])
+@pytest.mark.parametrize(
+    ("widths", "options"),
+    [
+        (((12, 16), (24, 24), (32, 20)), {}),
+        (((40, 30), (40, 30)), {}),
+        (((40, 30), (40, 30)), {"cross": False}),
+        (((40, 30), (30, 40)), {"cross": False}),
+    ],
+)
+def test_a_budget_uses_what_it_may(widths: Any, size: float, options: dict[str, Any]) -> None:
+    tasks, _ = tasks_of(*(fc(k, 6, *each, 3) for k, each in enumerate(widths)))
+    zipped = run_zip(tasks, tz.Budget(size), **options)
+    limit = size * apart(tasks)
+    assert limit - max(0.005 * limit, 50) <= zipped.parameter_count() <= limit  # a unit has up to 50 weights
+    assert zipped.history.settings["search"]["zips"] <= 4
 
 
 # --- MaxDrop ------------------------------------------------------------------------------------------------------
@@ -454,6 +475,6 @@ def test_data_that_can_be_read_only_once_behind_another_face() -> None:
 
 def test_a_plan_is_read_as_a_plan() -> None:
     assert Share({"0": 3}).as_dict() == {"share": {"0": 3}}
-    assert tz.Budget(0.5).as_dict() == {"budget": 0.5} and list(tz.Budget(100).named()) == []
+    assert tz.Budget(0.5).as_dict() == {"budget": 0.5} and list(tz.Budget(1000).named()) == []
     assert tz.MaxDrop(2, HELD_OUT).as_dict() == {"max_drop": 2.0, "confidence": 0.95}
     assert list(tz.MaxDrop(2, HELD_OUT).named()) == []

@@ -36,7 +36,7 @@ class _Cutter:
     """Cuts dense weights into blocks, and hands out the same Parameter to every task that uses one."""
 
     def __init__(self, members: Sequence[Member], inputs: JointInputs, groups: Mapping[int, Groups]) -> None:
-        self._names = [member.task.name for member in members]
+        self._names = [(member.number, member.task.name) for member in members]
         self._inputs = inputs
         self._rows = {t: _with_own(each, (t,), inputs.layers[t].units) for t, each in groups.items()}
         self._weights = {t: members[t].network.get_parameter(x.weight) for t, x in inputs.layers.items()}
@@ -109,7 +109,7 @@ class _Cutter:
         return self._tied[key]
 
     def _name(self, owners: Owners, users: Owners) -> str:
-        return block_name([self._names[t] for t in owners], [self._names[t] for t in users])
+        return block_name(*([name for _, name in sorted(self._names[t] for t in each)] for each in (owners, users)))
 
 
 def _with_own(groups: Groups, own: Owners, units: int) -> dict[Owners, np.ndarray]:

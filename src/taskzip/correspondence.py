@@ -1,4 +1,7 @@
-"""Which layers of several networks belong together: by order, by name, or as the caller says; the rest stay private."""
+"""Which layers of several networks belong together: by what they are, by order, by name, or as the caller says.
+
+What has no partner stays private.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +9,42 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from taskzip.errors import InputError
-from taskzip.graph import Layer
+from taskzip.graph import Layer, Structure
+from taskzip.likeness import aligned
 
 Layers = Literal["order", "name"] | Mapping[str, str | Mapping[str, str]]
 """How layers correspond; a mapping goes from the first task's layers to those of the second, or of others by task."""
 
-JointLayers = dict[int, Layer]
-"""One layer of the joint network: per task that has it, by its number, its own layer."""
+
+class JointLayers(dict[int, Layer]):
+    """One layer of the joint network: per task that has it, by its number, its own layer.
+
+    Attributes:
+        name: as the first of the tasks calls it that has it.
+        alone: whether it is that of one network only, and not the first, so that its name may be another layer's.
+    """
+
+    def __init__(self, layers: Mapping[int, Layer]) -> None:
+        super().__init__(layers)
+        self.name = layers[min(layers)].name
+        self.alone = len(layers) == 1 and 0 not in layers
+
+    def renumbered(self, order: Sequence[int]) -> JointLayers:
+        """The same where task `order[k]` has the number k."""
+        found = JointLayers({k: self[t] for k, t in enumerate(order) if t in self})
+        found.name, found.alone = self.name, self.alone
+        return found
 
 
-def correspond(names: Sequence[str], networks: Sequence[Sequence[Layer]], how: Layers | None) -> list[JointLayers]:
+def correspond(names: Sequence[str], networks: Sequence[Structure], how: Layers | None) -> list[JointLayers]:
     """Put the layers of several networks in correspondence.
 
     Args:
         names: of the tasks.
-        networks: their layers in the order in which they run.
+        networks: their structures, layers in the order in which they run.
         how: "order": the first with the first, and so on; "name": those of the same name; or a mapping. By default by
-            order where the networks have equally many layers, else by name, and by order again where no name recurs.
+            order where the networks have the same kinds of layers in the same order, else by what the layers are: kind,
+            kernel, what they read and write, size and name (`likeness`).
 
     Returns:
         Joint layers in an order that keeps that of every network.
@@ -30,20 +52,22 @@ def correspond(names: Sequence[str], networks: Sequence[Sequence[Layer]], how: L
     Raises:
         InputError: names that do not exist, or a correspondence that runs against the order of the layers.
     """
-    if not any(networks):
+    layers = [network.layers for network in networks]
+    if not any(layers):
         raise InputError("the networks have no linear or convolution layers: there is nothing to zip.")
     if isinstance(how, Mapping):
-        keys = _mapped(names, networks, how)
-    elif how == "name" or (how is None and len(set(map(len, networks))) > 1 and _names_recur(networks)):
-        keys = [[layer.name for layer in layers] for layers in networks]
+        keys = _mapped(names, layers, how)
+    elif how == "name":
+        keys = [[layer.name for layer in each] for each in layers]
+    elif how == "order" or len({tuple(map(_kind, each)) for each in layers}) == 1:
+        keys = [[str(k) for k in range(len(each))] for each in layers]
     else:
-        keys = [[str(k) for k in range(len(layers))] for layers in networks]
-    return _merged(names, networks, keys)
+        keys = aligned(networks)
+    return _merged(names, layers, keys)
 
 
-def _names_recur(networks: Sequence[Sequence[Layer]]) -> bool:
-    known = [{layer.name for layer in layers} for layers in networks]
-    return bool(set.intersection(*known))
+def _kind(layer: Layer) -> tuple[str, bool, bool]:
+    return layer.form, bool(layer.pinned), layer.reads_input
 
 
 def _mapped(names: Sequence[str], networks: Sequence[Sequence[Layer]], how: Mapping[str, object]) -> list[list[str]]:
@@ -93,7 +117,7 @@ def _merged(
                 f"the correspondence of layers runs against the order in which they run: {listed}. Name other pairs in "
                 f"`layers`."
             )
-        joint.append({t: networks[t][at[t]] for t, each in waiting.items() if each == key})
+        joint.append(JointLayers({t: networks[t][at[t]] for t, each in waiting.items() if each == key}))
         for t in joint[-1]:
             at[t] += 1
     return joint

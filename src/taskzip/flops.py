@@ -44,17 +44,21 @@ def flops_per_sample(network: nn.Module, batch: Batch, run: Callable[[Batch], An
 def record_flops(zipped: ZippedModel, tasks: Sequence[Task]) -> None:
     """Count the FLOPs for one sample of each task's data, and write them into the network's history.
 
-    "tasks" holds those of each task by itself; "together" those of `zipped(x)`, one input for all tasks, or None where
-    the tasks do not take the same inputs.
+    "originals" holds those of the networks that the tasks were given as; "tasks" those of each zipped task by itself;
+    "together" those of `zipped(x)`, one input for all tasks, or None where the tasks do not take the same inputs.
     """
     batches = [next(task.batches()) for task in tasks]
-    each = {
-        task.name: flops_per_sample(zipped[task.name], batch, partial(task.run, zipped[task.name]))
-        for task, batch in zip(tasks, batches, strict=True)
-    }
+
+    def count(network_of: Callable[[Task], nn.Module]) -> dict[str, int]:
+        return {
+            task.name: flops_per_sample(network_of(task), batch, partial(task.run, network_of(task)))
+            for task, batch in zip(tasks, batches, strict=True)
+        }
+
+    originals, each = count(lambda task: task.model), count(lambda task: zipped[task.name])
     alike = not any(task.forward for task in tasks) and all(_form(batch) == _form(batches[0]) for batch in batches)
     together = _together(zipped, batches[0]) if alike else None
-    zipped.history.settings["flops"] = {"tasks": each, "together": together}
+    zipped.history.settings["flops"] = {"originals": originals, "tasks": each, "together": together}
 
 
 def _together(zipped: ZippedModel, batch: Batch) -> int | None:

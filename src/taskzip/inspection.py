@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
 
+from taskzip.comparison import Comparison, compare
 from taskzip.copying import check_kind, uncompiled
 from taskzip.errors import InputError
 from taskzip.flops import flops_per_sample
@@ -19,7 +20,7 @@ from taskzip.graph.analysis import Forward
 from taskzip.graph.printing import table
 from taskzip.graph.structure import Rest
 from taskzip.observation import evaluating
-from taskzip.task import call, input_tensors
+from taskzip.task import Task, call, input_tensors
 from taskzip.zipped.sizes import bytes_together
 
 
@@ -82,13 +83,24 @@ def _rest_table(rest: Sequence[Rest]) -> list[str]:
     return ["", table(rows, {0: 44, 1: 14, 2: 34}), ""]
 
 
-def inspect(model: nn.Module, example_input: Any, *, forward: Forward | None = None) -> Inspection:
+@overload
+def inspect(model: nn.Module, example_input: Any, *, forward: Forward | None = None) -> Inspection: ...
+
+
+@overload
+def inspect(model: Sequence[Task]) -> Comparison: ...
+
+
+def inspect(
+    model: nn.Module | Sequence[Task], example_input: Any = None, *, forward: Forward | None = None
+) -> Inspection | Comparison:
     """The layers of a network, which of them can be shared, and why the others cannot; its FLOPs and bytes. Print it.
 
     A line of the first table is a layer's weight and bias, one of the second any other parameters.
+    Of a list of tasks: which of their layers `zip` puts together.
 
     Args:
-        model: the network; it is not changed.
+        model: the network; it is not changed. Or a list of tasks, without an example.
         example_input: a tensor, a tuple `(inputs, targets)`, or a dict for `model(**example_input)`; the first axis of
             every tensor is the sample.
         forward: `forward(model, example_input)` if the network is called in another way, as in `Task`.
@@ -97,6 +109,8 @@ def inspect(model: nn.Module, example_input: Any, *, forward: Forward | None = N
         GraphError: torch.export cannot follow the network.
         InputError: the network fails on the example.
     """
+    if not isinstance(model, nn.Module):
+        return compare(model)
     check_kind(model, "")
     model = uncompiled(model)
     with evaluating(model):

@@ -46,13 +46,13 @@ class Pairing:
     """How units find their partners.
 
     Attributes:
-        quota: how many pairs share their weights.
+        quotas: per task that is added, how many pairs share their weights.
         matching, seed: how pairs are found.
         aligned: every unit gets a partner, whether they share weights or not (Sec. 3.7).
         connections: which ones a merged unit has.
     """
 
-    quota: Quota
+    quotas: Mapping[int, Quota]
     matching: Matching
     seed: int
     aligned: bool
@@ -182,7 +182,7 @@ class JointLayer:
         """Which joint units the units of a task share weights with; settles in which slots the task's units stand."""
         difference = [meeting.difference for meeting in meetings]
         new, count = len(self._rows[task]), 1 + max(int(each.max()) for each in self.slots.values())
-        pairing, quota = self._pairing, self._pairing.quota
+        pairing, quota = self._pairing, self._pairing.quotas[task]
         within = self._within(task, meetings) if self._given is None else None
         if self._given is None and not pairing.aligned:
             d = torch.cat([self.weights[task].new_zeros(0, new), *difference])

@@ -39,6 +39,7 @@ class Member:
 
     Attributes:
         task: what the caller gave; its model is read, never written.
+        number: its place in the caller's list.
         network: the working copy, zipped in place, in eval mode.
         structure: layers and spaces of the network.
         original: the network that `network` should agree with: the caller's, or a copy with batch-norm folded and with
@@ -52,8 +53,11 @@ class Member:
         answers: what the original network answers, as far as it is remembered.
     """
 
-    def __init__(self, task: Task, seed: int, *, fold_batch_norm: bool = False, equal_spreads: bool = False) -> None:
+    def __init__(
+        self, task: Task, seed: int, *, number: int = 0, fold_batch_norm: bool = False, equal_spreads: bool = False
+    ) -> None:
         self.task = task
+        self.number = number
         self._check_parameters()
         self.samples = task.check_data()
         self.original = uncompiled(task.model)

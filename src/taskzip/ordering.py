@@ -154,7 +154,7 @@ class _Walk:
     def _cost(self, layer: JointLayers, part: Part) -> _Costs:
         """The difference to the units of earlier tasks in each slot of the joint space."""
         task = self._task
-        quota = self._quota(layer, part)
+        quota = part.quotas(self._quota(layer, part)).get(task, Quota(0))
         cost = _Costs.none(self._count(part.joint), len(part.rows[task]), quota)
         for t in [t for t in part.rows if t < task]:
             pair = {t: layer[t], task: layer[task]}

@@ -8,20 +8,33 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
-from taskzip.errors import InputError
+from taskzip.errors import InputError, TaskzipWarning
+from taskzip.naming import key_of
 
 
 class Quota(NamedTuple):
-    """What one layer may share: at most `pairs` pairs, each with d <= `threshold` where one is given."""
+    """What one layer may share, each time that a task is added.
+
+    Attributes:
+        pairs: at most so many pairs, where as many can be paired as at any time in this layer.
+        threshold: each with d <= this, where it is given.
+        in_proportion: whether a smaller network shares in proportion less.
+    """
 
     pairs: int
     threshold: float | None = None
+    in_proportion: bool = False
+
+    def of(self, units: int, most: int) -> Quota:
+        """What a task may share of which only so many units can be paired, where `most` can be at any time."""
+        return self._replace(pairs=round(self.pairs * units / most)) if self.in_proportion and units < most else self
 
     def divided(self, units: Sequence[int]) -> list[Quota]:
         """The quota over parts of so many units, in proportion."""
@@ -34,7 +47,8 @@ class Threshold:
     """Share every pair whose functional difference d (eq. 12) is at most `eps`.
 
     Args:
-        eps: one number for all layers, or a dict by layer name; a layer that the dict leaves out shares nothing.
+        eps: one number for all layers, or a dict by layer name or glob ("encoder.*"); a layer that the dict leaves out
+            shares nothing.
     """
 
     eps: float | Mapping[str, float]
@@ -54,15 +68,16 @@ class Threshold:
 
     def quota(self, layer: str, units: int) -> Quota:
         """What `layer`, with `units` pairs at most, may share."""
-        eps = self.eps.get(layer) if isinstance(self.eps, Mapping) else self.eps
+        eps = _of_layer(layer, self.eps)
         return Quota(0) if eps is None else Quota(units, float(eps))
 
 
 @dataclass(frozen=True)
 class Share:
-    """Share a fraction (float, 0 to 1) or a count (int) of a layer's units, in all layers or by layer name.
+    """Share a fraction (float, 0 to 1) or a count (int) of a layer's units, in all layers or by layer name or glob.
 
-    The whole is the smaller of the two layers. A layer that a dict leaves out shares nothing.
+    The whole is the smaller of the two layers that meet. A layer that a dict leaves out shares nothing. A count that a
+    glob gives is at most that whole.
     """
 
     amount: float | Mapping[str, float]
@@ -70,13 +85,17 @@ class Share:
     def __post_init__(self) -> None:
         if isinstance(self.amount, Mapping):
             for layer, amount in self.amount.items():
-                is_count = isinstance(amount, Integral) and not isinstance(amount, bool)
-                if not _is_number(amount) or amount < 0 or (not is_count and amount > 1):
+                if not _is_number(amount) or amount < 0 or (not isinstance(amount, Integral) and amount > 1):
                     raise InputError(
                         f"share for layer {layer!r} is {amount!r}: give a fraction (float, 0 to 1) or a count (int)."
                     )
         elif not _is_number(self.amount) or not 0 <= self.amount <= 1:
             raise InputError(f"share is {self.amount!r}: give a fraction from 0 to 1, a dict by layer name, or a plan.")
+        elif isinstance(self.amount, Integral) and self.amount:
+            raise InputError(
+                f"share={self.amount!r} could mean all units or one: write share=1.0 for all units of every layer, or "
+                f'share={{"*": 1}} for one unit of each.'
+            )
 
     def named(self) -> Iterable[str]:
         """The layers that are named one by one."""
@@ -90,16 +109,29 @@ class Share:
         """What `layer`, with `units` pairs at most, may share.
 
         Raises:
-            InputError: a count above the number of units.
+            InputError: a count above the number of units, of a layer that is named itself.
         """
-        amount = self.amount.get(layer, 0) if isinstance(self.amount, Mapping) else float(self.amount)
+        amount = 0 if (given := _of_layer(layer, self.amount)) is None else given
         if not isinstance(amount, Integral):
-            return Quota(round(amount * units))
-        if amount > units:
+            return Quota(round(amount * units), in_proportion=True)
+        if amount > units and isinstance(self.amount, Mapping) and layer in self.amount:
             raise InputError(
                 f"share for layer {layer!r} asks for {amount} shared units, but the smaller network has {units}."
             )
-        return Quota(int(amount))
+        return Quota(min(int(amount), units))
+
+    def warn_of_ones(self) -> None:
+        """Say that an int 1 is one unit, unless another count shows that counts are meant."""
+        given = self.amount if isinstance(self.amount, Mapping) else {}
+        counts = {layer: n for layer, n in given.items() if isinstance(n, Integral)}
+        if max(counts.values(), default=0) == 1:
+            one = next(layer for layer, n in counts.items() if n == 1)
+            warnings.warn(
+                f"share={{{one!r}: 1}} shares one unit, because 1 is a count (int): write 1.0 for all units; one unit "
+                f"without this warning is a fraction, such as 1/16 of 16 units.",
+                TaskzipWarning,
+                stacklevel=3,
+            )
 
 
 @dataclass(frozen=True)
@@ -108,7 +140,7 @@ class Budget:
 
     Args:
         size: of the joint network: a float in (0, 1] is the fraction of the separate networks' parameters together; an
-            int is bytes, parameters times element size.
+            int above 100 is bytes, parameters times element size.
 
     Raises:
         InputError: a size that is neither.
@@ -122,6 +154,12 @@ class Budget:
             raise InputError(
                 f"Budget({self.size!r}): give a fraction of the separate networks (float, above 0 to 1) or bytes (int)."
             )
+        if is_bytes and self.size <= _PERCENT:
+            fraction = 1.0 if self.size == 1 else float(self.size) / _PERCENT
+            raise InputError(
+                f"Budget({self.size!r}) would be bytes, and no network is so small: write Budget({fraction}) for a "
+                f"fraction of the separate networks (float, above 0 to 1), or more bytes (int, above {_PERCENT})."
+            )
 
     def named(self) -> Iterable[str]:
         """The layers that are named one by one: none."""
@@ -131,6 +169,9 @@ class Budget:
         """For JSON."""
         return {"budget": _plain(self.size)}
 
+
+_PERCENT = 100
+"""No network is so few bytes; as percent it would be one."""
 
 Metric = Callable[[Any, Any], Any]
 """`metric(output, targets)` of a batch, higher is better: a number, or a tensor with one value per sample."""
@@ -216,6 +257,14 @@ def as_plan(share: float | Mapping[str, float] | SharePlan) -> SharePlan:
     if isinstance(share, (Share, Threshold)):
         return share
     return Share(share)
+
+
+def _of_layer(layer: str, amounts: float | Mapping[str, float]) -> float | None:
+    """What is said of a layer: for all layers alike, by its name or by a glob; None where nothing is."""
+    if not isinstance(amounts, Mapping):
+        return amounts
+    key = key_of(layer, amounts)
+    return None if key is None else amounts[key]
 
 
 def _is_number(value: object) -> bool:

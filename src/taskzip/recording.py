@@ -21,7 +21,8 @@ class Recorder:
         curves: of the layers that could share, in the order in which they ran.
     """
 
-    def __init__(self, members: Sequence[Member]) -> None:
+    def __init__(self, members: Sequence[Member], *, adapt: bool) -> None:
+        self._adapt = adapt
         self.curves: list[Curve] = []
         self._members = members
         self._writers: dict[int, Place] = {}
@@ -46,9 +47,10 @@ class Recorder:
         Returns:
             What all of its pairs cost, relative to the layer's energy.
         """
-        sizes = [PartSize(part.units, next(iter(part.rows.values())).shape[1]) for part in parts]
+        sizes = [PartSize(part.units, next(iter(part.rows.values())).shape[1], part.pairable()) for part in parts]
         bias = max(len(inputs.bias) - 1, 0)
-        self.curves.append(Curve(layer, _relative_cost(sizes, joints), sizes, bias, self._reads(inputs)))
+        cost = _relative_cost(sizes, joints)
+        self.curves.append(Curve(layer, cost, sizes, bias, self._reads(inputs), self._adapt and inputs.cross))
         for number, (part, whole) in enumerate(zip(parts, aligned, strict=True)):
             placed = any(space in self._members[t].slots for t, space in part.spaces.items())
             if not whole and not placed:
@@ -58,10 +60,12 @@ class Recorder:
     def _reads(self, inputs: JointInputs) -> list[Read]:
         taps = next(iter(inputs.layers.values())).taps
         columns: dict[int | None, int] = {}
+        once: dict[int | None, int] = {}
         for segment in inputs.segments:
             alone = sum(map(len, segment.channels.values()))
             columns[segment.source] = columns.get(segment.source, 0) + (alone - segment.size) * taps
-        return [Read(n, _writer(self._writers, source)) for source, n in columns.items()]
+            once[segment.source] = once.get(segment.source, 0) + (0 if inputs.cross else alone * taps)
+        return [Read(n, _writer(self._writers, source), once[source]) for source, n in columns.items()]
 
 
 def _writer(writers: Mapping[int, Place], source: int | None) -> Place | None:

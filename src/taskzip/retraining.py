@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from taskzip.errors import InputError
+from taskzip.naming import key_of
 from taskzip.observation import in_eval_mode, keeping_modes, run_batch
 from taskzip.randomness import checked_seed, seeded
 from taskzip.task import Batch, Task
@@ -35,7 +36,7 @@ class Retraining:
     """How `zip` retrains after each layer (line 10 of Algorithm 1), in the words of `retrain`.
 
     Args:
-        steps: after every layer that shares anything, or a dict by layer name; a layer left out is not retrained.
+        steps: after every layer that shares anything, or a dict by layer name or glob; one left out is not retrained.
         loss: as in `retrain`.
         step_size: as in `retrain`.
         optimizer: as in `retrain`.
@@ -70,7 +71,10 @@ class Retraining:
 
     def after(self, layer: str) -> int:
         """The steps after this layer."""
-        return int(self.steps.get(layer, 0) if isinstance(self.steps, Mapping) else self.steps)
+        if not isinstance(self.steps, Mapping):
+            return int(self.steps)
+        key = key_of(layer, self.steps)
+        return 0 if key is None else int(self.steps[key])
 
     def check(self, tasks: Sequence[Task]) -> None:
         """Whether the tasks' data hold what the loss needs.

@@ -95,19 +95,29 @@ class _Fitting:
         plan, smallest = tradeoff.everything, best.parameter_count()
         if smallest > limit:
             raise self._too_small(best, smallest, separate)
-        ask = float(needed)
+        low, high = (
+            0.0,
+            float(tradeoff.expected(plan)),
+        )  # what plans were expected to save that saved too little, enough
+        ask, tried = float(needed), [plan]
         for _ in range(_ZIPS):
-            found = tradeoff.cheapest(ask)
-            if found == plan:
+            found = tradeoff.fitting(ask)
+            if found in tried:
                 break
-            zipped, _ = self._zipped(Share(found), tradeoff.saving(found) / separate)
+            tried.append(found)
+            expected = tradeoff.expected(found)
+            zipped, _ = self._zipped(Share(found), expected / separate)
             size = zipped.parameter_count()
-            fits, saved = size <= limit, separate - size
-            if fits and size >= best.parameter_count():
-                best, plan = zipped, found
-            if fits and (saved == tradeoff.saving(found) or limit - size <= _CLOSE * separate):
-                break
-            ask *= needed / max(saved, 1)
+            if size > limit:
+                low = max(low, expected)
+            else:
+                high = min(high, expected)
+                if size >= best.parameter_count():
+                    best, plan = zipped, found
+                if size == separate - expected or limit - size <= _CLOSE * separate:
+                    break
+            ask = needed + expected - (separate - size)
+            ask = ask if low < ask <= high else (low + high) / 2
         size = best.parameter_count()
         _write(best, plan, self._wanted.as_dict() | {"parameters": size, "most": limit, "zips": self._display.zips})
         return best
@@ -156,7 +166,9 @@ class _Dropping:
 
     def run(self) -> ZippedModel:
         """Everything shared; if that loses too much, the family of cheapest plans; then layer by layer."""
-        tradeoff = Tradeoff(self._evaluate({}, Share(1.0)))
+        curves = self._evaluate({}, Share(1.0))
+        # Here small savings are tried, too, and what a layer costs on few common inputs is not known well enough.
+        tradeoff = Tradeoff(curve._replace(follows=False) for curve in curves)
         if self._best is None:
             self._too_much = [tradeoff.everything]
             self._family(tradeoff)

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from taskzip.correspondence import JointLayers
+from taskzip.graph import Layer
 from taskzip.members import Member
+from taskzip.plan import Quota
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,18 @@ class Part:
 
     @property
     def units(self) -> int:
-        """How many units of it can be shared at most."""
-        return min(map(len, self.rows.values()))
+        """How many pairs there can be at most when a task is added."""
+        return max(self.pairable())
+
+    def pairable(self) -> list[int]:
+        """Per task but the first, how many of its units can be paired when it is added to those before it."""
+        lengths = list(map(len, self.rows.values()))
+        return [min(n, max(lengths[:k])) for k, n in enumerate(lengths) if k]
+
+    def quotas(self, quota: Quota) -> dict[int, Quota]:
+        """Per task but the first, what it may share."""
+        _, *added = self.rows
+        return {t: quota.of(n, self.units) for t, n in zip(added, self.pairable(), strict=True)}
 
 
 class JointSpaces:
@@ -88,7 +100,7 @@ class JointSpaces:
         alike = len({int(each.max()) for each in known.values()}) == 1
         return known if alike and len(known) == len(self.members_of(joint)) else None
 
-    def parts(self, layer: JointLayers) -> list[Part]:
+    def parts(self, layer: Mapping[int, Layer]) -> list[Part]:
         """The units of a joint layer by joint space, where at least two tasks have them."""
         found: dict[int, dict[int, list[tuple[int, np.ndarray]]]] = {}
         for t, each in alike(layer).items():
@@ -104,7 +116,7 @@ class JointSpaces:
                 parts.append(Part(joint, {t: s for t, (s, _) in level.items()}, {t: r for t, (_, r) in level.items()}))
         return parts
 
-    def _met(self, layer: JointLayers) -> list[list[tuple[int, int]]]:
+    def _met(self, layer: Mapping[int, Layer]) -> list[list[tuple[int, int]]]:
         """The spaces of one joint layer that belong together: the first with the first, and so on."""
         spaces = [[(t, space) for space in each.spaces] for t, each in alike(layer).items()]
         spaces = [each for each in spaces if len(each) == len(spaces[0])]
@@ -126,14 +138,14 @@ class JointSpaces:
         return {self._joint[task, space] for space in spaces.tolist() if (task, space) in self._joint}
 
 
-def alike(layers: JointLayers) -> JointLayers:
+def alike(layers: Mapping[int, Layer]) -> dict[int, Layer]:
     """The layers of a joint layer that can have weights in common: those of the kind and kernel that most have."""
     able = {t: layer for t, layer in layers.items() if not layer.pinned}
     forms = [layer.form for layer in able.values()]
     return {t: layer for t, layer in able.items() if layer.form == max(forms, key=forms.count)}
 
 
-def of_one_kind(layers: JointLayers) -> JointLayers:
+def of_one_kind(layers: Mapping[int, Layer]) -> dict[int, Layer]:
     """Those with a bias, or those without one: whichever are more."""
     biased = [layer.bias is not None for layer in layers.values()]
     most = 2 * sum(biased) >= len(biased)

@@ -41,7 +41,7 @@ class Zipper:
         self.members = members
         self.settings = settings
         self.spaces = JointSpaces(members, layers)
-        self.recorder = Recorder(members)
+        self.recorder = Recorder(members, adapt=settings.adapt)
         shares = any(self._quota(layer, parts).pairs for layer in layers if (parts := self.spaces.parts(layer)))
         streams = self.spaces.streams if shares else set()
         self.common = CommonUnits(members)
@@ -84,10 +84,10 @@ class Zipper:
                 members[t].changed = True
         note = "" if all(layer.pinned == OUTPUT for layer in layers.values()) else obstacle
         costs = (sum(joint.cost for joint in joints), relative_cost) if shared else (0.0, 0.0)
-        return self._record(layers, shared, costs, before, note)
+        return self._record(layers, shared, self._groups(parts, joints), costs, before, note)
 
     def _quota(self, layers: JointLayers, parts: Sequence[Part]) -> Quota:
-        if list(layers) != [0] and len(layers) == 1:  # a layer of another network alone, perhaps of the same name
+        if layers.alone:
             return Quota(0)
         units = sum(part.units for part in parts) or min(layer.units for layer in layers.values())
         return self.settings.plan.quota(layer_name(layers), units)
@@ -135,7 +135,7 @@ class Zipper:
             parts, obstacle = [], "no inputs in common (what it reads is not shared, or differs in size)"
         return inputs, parts, "" if parts else obstacle
 
-    def _obstacle(self, layers: JointLayers, able: JointLayers) -> str:
+    def _obstacle(self, layers: JointLayers, able: Mapping[int, Layer]) -> str:
         """Why some of the layers cannot take part."""
         for t, layer in layers.items():
             if layer.pinned:
@@ -193,7 +193,7 @@ class Zipper:
                 {t: self.members[t].slots[space][1] for t, space in part.spaces.items()} if placed and not own else None
             )
             how, aligned = self.settings, self._is_aligned(part) and not own
-            pairing = Pairing(each, how.matching, how.seed, aligned, how.connections)
+            pairing = Pairing(part.quotas(each), how.matching, how.seed, aligned, how.connections)
             common = None if inputs.cross else self.common.of(part)
             joint = JointLayer(sides, inputs, part.rows, pairing, given, common, self.spaces.wholes(part.joint))
             if self.settings.spread:
@@ -216,20 +216,40 @@ class Zipper:
                 self.members[t].place(space, part.joint, order, joint.slots[t][order])
                 joint.reorder(t, order)
 
+    def _groups(self, parts: Sequence[Part], joints: Sequence[JointLayer]) -> dict[tuple[str, ...], int]:
+        """How many rows which tasks share, most tasks first."""
+        found: dict[Owners, int] = {}
+        for part, joint in zip(parts, joints, strict=False):
+            for owners, group in joint.groups.items():
+                if len(owners) > 1:
+                    height = part.rows[owners[0]].shape[1]
+                    found[owners] = found.get(owners, 0) + len(group.units) * height
+        members = {owners: sorted((self.members[t] for t in owners), key=lambda m: m.number) for owners in found}
+        ranked = sorted(found, key=lambda owners: (-len(owners), [m.number for m in members[owners]]))
+        return {tuple(m.task.name for m in members[owners]): found[owners] for owners in ranked}
+
     def _record(
-        self, layers: JointLayers, shared: int, costs: tuple[float, float], before: int, note: str
+        self,
+        layers: JointLayers,
+        shared: int,
+        groups: Mapping[tuple[str, ...], int],
+        costs: tuple[float, float],
+        before: int,
+        note: str,
     ) -> LayerRecord:
-        """What happened to one layer; what a task does not have is ""."""
-        tasks = range(len(self.members))
+        """What happened to one layer, tasks as the caller gave them; what a task does not have is ""."""
+        tasks = sorted(range(len(self.members)), key=lambda t: self.members[t].number)
         names = tuple(layers[t].name if t in layers else "" for t in tasks)
         units = tuple(layers[t].units if t in layers else 0 for t in tasks)
         (cost, relative), after = costs, _size(self.members, layers)
-        return LayerRecord(layer_name(layers), names, units, shared, cost, before, after, note, relative)
+        return LayerRecord(
+            layers.name, names, units, shared, cost, before, after, note, relative, tuple(groups.items())
+        )
 
 
 def layer_name(layers: JointLayers) -> str:
-    """What a joint layer is called: as the first network that has it calls it."""
-    return next(iter(layers.values())).name
+    """What a joint layer is called: as the first of the caller's networks that has it calls it."""
+    return layers.name
 
 
 def _shared_rows(task: int, parts: Sequence[Part], joints: Sequence[JointLayer]) -> dict[Owners, np.ndarray]:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from rich.console import Console
 from rich.progress import Progress
 
 from taskzip.copying import check_kind
-from taskzip.correspondence import JointLayers, Layers, correspond
+from taskzip.correspondence import Layers, correspond
 from taskzip.curves import Curve
 from taskzip.errors import InputError, TaskzipWarning
 from taskzip.flops import record_flops
+from taskzip.joining_order import joining_order
 from taskzip.matching import Matching
 from taskzip.members import Member
+from taskzip.naming import check_names
 from taskzip.observation import MaxRows
 from taskzip.plan import Budget, MaxDrop, SearchPlan, Share, SharePlan
 from taskzip.randomness import seeded
@@ -64,10 +66,13 @@ def zip_tasks(
 
     Args:
         tasks: two or more tasks; widths, depths and inputs may differ. They are added one after another to the joint
-            network (Sec. 3.4); a unit of a later task may join units that others share already.
-        share: how much to share: a fraction of each hidden layer's units (of the smaller one), a dict by layer name
-            with fractions (float) or counts (int; an attention head counts as one), or `Threshold(eps)`; or what is
-            wanted of it, `Budget(size)` or `MaxDrop(points, data)`, for which the networks are zipped several times.
+            network (Sec. 3.4), the widest first, in whatever order they are given; a unit of a later task may join
+            units that others share already.
+        share: how much to share: a fraction of each hidden layer's units (float; of the smaller one), a dict by layer
+            name or glob ("encoder.*") with fractions (float) or counts (int; an attention head counts as one), or
+            `Threshold(eps)`; or what is wanted of it, `Budget(size)` or `MaxDrop(points, data)`, for which the
+            networks are zipped several times. A layer's own name goes before globs, and of several globs the one with
+            most characters that are no wildcards counts.
             Layers are called as in the first task's network.
         balance: the weight of each task's error (alpha): a dict by task name or a sequence, summing to 1; a single
             number is the first task's. Default: equal.
@@ -99,7 +104,8 @@ def zip_tasks(
             activation, where these do not pad and nothing but pooling and the like stands between), so that fully
             shared layers are common to all tasks. What can be neither stays private, and a warning says which and why.
         layers: which layers belong together: "order", "name", or a dict from the first task's layers to those of the
-            second, or to dicts by task name. Default: by order where the networks have equally many, else by name.
+            second, or to dicts by task name. Default: by order where the networks have the same kinds of layers in the
+            same order, else by what the layers are (kind, kernel, what they read and write, size, name).
             A layer without a partner stays private.
         damping: added to each curvature, relative to the mean of its diagonal.
         ridge: strength with which compensation holds on to the present weights, relative to the inputs' mean square.
@@ -107,7 +113,7 @@ def zip_tasks(
         max_rows: how many rows (samples times output positions) a layer's curvature is summed over: a number, "auto"
             (50 per column), or None for all.
         retrain: steps of light retraining after each layer that shares anything (line 10 of Algorithm 1): a number, a
-            dict by layer name, or `Retraining` for more settings. Default: none.
+            dict by layer name or glob, or `Retraining` for more settings. Default: none.
         progress: show a progress bar on standard error.
         seed: for sampled rows, random matching and retraining.
 
@@ -146,6 +152,8 @@ def zip_tasks(
 
     if wanted is None:
         zipped, _ = _zip(tasks, settings, progress)
+        if isinstance(settings.plan, Share):
+            settings.plan.warn_of_ones()
     else:
         zipped = search(wanted, tasks, zip_with, seed=settings.seed, progress=progress)
     with seeded(settings.seed):
@@ -162,12 +170,16 @@ def _zip(tasks: Sequence[Task], settings: Settings, progress: bool) -> tuple[Zip
 
 def _zip_layers(tasks: Sequence[Task], settings: Settings, progress: bool) -> tuple[ZippedModel, list[Curve]]:
     """Algorithm 1: layer by layer, each from inputs computed by the networks as zipped so far."""
-    folded, relative = settings.batch_norm == "fold", settings.relative
-    members = [Member(task, settings.seed, fold_batch_norm=folded, equal_spreads=relative) for task in tasks]
+    fold, relative = settings.batch_norm == "fold", settings.relative
+    members = [
+        Member(task, settings.seed, number=t, fold_batch_norm=fold, equal_spreads=relative)
+        for t, task in enumerate(tasks)
+    ]
     _check_layers(members)
-    layers = correspond([task.name for task in tasks], [m.structure.layers for m in members], settings.layers)
-    _check_names("share", settings.plan.named(), layers)
-    _check_names("retrain", settings.retraining.named(), layers)
+    layers = correspond([task.name for task in tasks], [m.structure for m in members], settings.layers)
+    known = list(dict.fromkeys(layer.name for layer in layers if not layer.alone))
+    check_names("share", settings.plan.named(), known)
+    check_names("retrain", settings.retraining.named(), known)
     settings.retraining.check(tasks)
     zipped = ZippedModel({member.task.name: member.network for member in members})
     _say_what_is_not_folded(members)
@@ -182,7 +194,10 @@ def _zip_layers(tasks: Sequence[Task], settings: Settings, progress: bool) -> tu
         zipped.history.settings["unreached"] = {m.task.name: m.structure.unreached_in_words() for m in members}
     with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
         todo = bar.add_task("putting residual streams into order", total=len(layers))
-        zipper = Zipper(members, layers, settings)
+        order = joining_order(members, layers)
+        layers = [layer.renumbered(order) for layer in layers]
+        balance = tuple(settings.balance[t] for t in order)
+        zipper = Zipper([members[t] for t in order], layers, replace(settings, balance=balance))
         for layer in layers:
             bar.update(todo, description=f"zipping {layer_name(layer)}")
             start = time.perf_counter()
@@ -247,10 +262,3 @@ def _warn(zipped: ZippedModel, share: object) -> None:
         private = [f"{layer.name} ({layer.note})" for layer in layers if layer.note]
         reasons = "; ".join(private) or "all layers are output layers"
         warnings.warn(f"nothing could be shared: {reasons}. `taskzip.inspect` says more.", TaskzipWarning, stacklevel=3)
-
-
-def _check_names(argument: str, named: Iterable[str], layers: Sequence[JointLayers]) -> None:
-    known = list(dict.fromkeys(layer_name(layer) for layer in layers if 0 in layer or len(layer) > 1))
-    for name in named:
-        if name not in known:
-            raise InputError(f"{argument} names layer {name!r}; the layers that can be named are {', '.join(known)}.")

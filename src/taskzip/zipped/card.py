@@ -10,7 +10,15 @@ from typing import Any
 from taskzip.zipped.blocks import original_class
 from taskzip.zipped.model import ZippedModel
 from taskzip.zipped.sizes import bytes_apart, bytes_together
-from taskzip.zipped.summary import COST, certificate, cost_of, part_of, separate_parameters
+from taskzip.zipped.summary import (
+    COST,
+    certificate,
+    cost_of,
+    flops_apart,
+    flops_together,
+    part_of,
+    separate_parameters,
+)
 
 _FRONT = """\
 ---
@@ -50,23 +58,25 @@ def _merged(zipped: ZippedModel) -> str:
     apart = {name: bytes_apart(network) for name, network in zipped.tasks.items()}
     rows = []
     for name, network in zipped.tasks.items():
-        counted = f"{flops['tasks'][name]:,}" if flops else "not counted"
+        counted = f"{flops_apart(flops)[name]:,}" if flops else "not counted"
         seen = f"{samples[name]:,}" if name in samples else "not known"
         rows.append([name, f"`{class_name(network)}`", f"{apart[name]:,}", counted, seen])
     whole = sum(apart.values())
     joint = bytes_together(zipped)
     rows.append(["together", "", f"{joint:,} ({part_of(joint, whole)})", _flops_together(flops), ""])
     table = _table(["task", "network", "bytes", "FLOPs", "calibration samples"], rows)
-    return f"{table}\n\nFLOPs are those of one sample's forward pass; a multiply-add is 2."
+    return (
+        f"{table}\n\nFLOPs are those of one sample's forward pass; a multiply-add is 2. A task's are those of the "
+        f"network that was merged."
+    )
 
 
 def _flops_together(flops: Mapping[str, Any] | None) -> str:
     if not flops:
         return "not counted"
-    together, apart = flops["together"], sum(flops["tasks"].values())
-    return (
-        "each on its own input" if together is None else f"{together:,} ({part_of(together, apart)}), one input for all"
-    )
+    together, apart = flops_together(flops), sum(flops_apart(flops).values())
+    on = "each on its own input" if flops["together"] is None else "one input for all"
+    return f"{together:,} ({part_of(together, apart)}), {on}"
 
 
 def _cost(zipped: ZippedModel) -> str:

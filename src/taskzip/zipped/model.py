@@ -30,6 +30,7 @@ class LayerRecord:
         note: why nothing could be shared, or "".
         relative_cost: `cost` over what it would be if the pre-activations of the units that can pair were lost, half
             their variance: a number that compares across layers and networks. None in checkpoints of before.
+        groups: which tasks share how many units, most tasks first; none where a checkpoint does not say.
     """
 
     name: str
@@ -41,6 +42,13 @@ class LayerRecord:
     after: int
     note: str = ""
     relative_cost: float | None = None
+    groups: tuple[tuple[tuple[str, ...], int], ...] = ()
+
+    @classmethod
+    def from_dict(cls, d: Mapping[str, Any]) -> LayerRecord:
+        """From JSON."""
+        groups = tuple((tuple(tasks), units) for tasks, units in d.get("groups", ()))
+        return cls(**{**d, "names": tuple(d["names"]), "units": tuple(d["units"]), "groups": groups})
 
 
 @dataclass
@@ -58,8 +66,7 @@ class History:
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> History:
         """From JSON."""
-        layers = [LayerRecord(**{**r, "names": tuple(r["names"]), "units": tuple(r["units"])}) for r in d["layers"]]
-        return cls(d["settings"], layers, d["later"])
+        return cls(d["settings"], list(map(LayerRecord.from_dict, d["layers"])), d["later"])
 
 
 class ZippedModel(nn.Module):
@@ -118,9 +125,10 @@ class ZippedModel(nn.Module):
         """Tables for people, at most 100 columns.
 
         Per layer: units, shared units, what sharing them cost in percent of the variance of the layer's outputs,
-        parameters before and after. Per task, for all apart, and together: FLOPs
-        of one sample's forward pass (a multiply-add is 2, as `torch.utils.flop_counter` counts), which were counted on
-        the calibration data when the networks were zipped, and bytes of parameters and buffers.
+        parameters before and after; for three or more tasks, which of them share. For each task's network as it was
+        given, for all of these apart, and together: FLOPs of one sample's forward pass (a multiply-add is 2, as
+        `torch.utils.flop_counter` counts), which were counted on the calibration data when the networks were zipped,
+        and bytes of parameters and buffers.
         """
         from taskzip.zipped.summary import summary_table
 

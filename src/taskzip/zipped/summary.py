@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from io import StringIO
 from typing import Any
 
@@ -54,6 +54,7 @@ def summary_table(zipped: ZippedModel) -> str:
         for name, private in zipped.history.settings.get("unfolded", {}).items()
         if private
     ]
+    notes[:0] = [_wrapped(text) for text in (*_together(zipped), *_who_shares(zipped)) if text]
     weights = {p for weight in zipped.layer_weights() for p in weight}
     missing = sum(p.numel() for p in weights) - zipped.connection_count()
     if missing:
@@ -69,15 +70,42 @@ def summary_table(zipped: ZippedModel) -> str:
     return "\n".join([head, *lines, *_costs(zipped), *notes])
 
 
+def _together(zipped: ZippedModel) -> Iterator[str]:
+    """Which layers were put together, where tasks call them differently."""
+    pairs = []
+    for record in zipped.history.layers:
+        others = [
+            f"{name} ({task})" if len(zipped) > 2 else name
+            for task, name in zip(zipped, record.names, strict=True)
+            if name not in ("", record.name)
+        ]
+        if others and record.shared:
+            pairs.append(f"{record.name} with {' and '.join(others)}")
+    if pairs:
+        yield f"Put together: {', '.join(pairs)}."
+
+
+def _who_shares(zipped: ZippedModel) -> Iterator[str]:
+    """Per layer, which of three or more tasks share how many units; alike layers are said once."""
+    found: dict[str, list[str]] = {}
+    for record in zipped.history.layers if len(zipped) > 2 else ():
+        if record.groups:
+            said = ", ".join(f"{'+'.join(tasks)} {units}" for tasks, units in record.groups)
+            found.setdefault(said, []).append(record.name)
+    if found:
+        each = (f"{said} in {', '.join(names)}" for said, names in found.items())
+        yield f"Shared units: {'; '.join(each)}."
+
+
 def _costs(zipped: ZippedModel) -> list[str]:
-    """FLOPs and bytes of each task by itself, of all of them apart, and together."""
+    """FLOPs and bytes of each task's original network, of all of these, and together; FLOPs of each zipped task."""
     flops = zipped.history.settings.get("flops")  # checkpoints of before do not have them
     apart = {name: bytes_apart(network) for name, network in zipped.tasks.items()}
     columns = [("bytes", [*apart.values(), sum(apart.values())], bytes_together(zipped))]
     if flops:
-        each = [flops["tasks"][name] for name in zipped]
-        together = sum(each) if flops["together"] is None else flops["together"]
-        columns.insert(0, ("FLOPs", [*each, sum(each)], together))
+        alone = [flops["tasks"][name] for name in zipped]
+        given = [flops_apart(flops)[name] for name in zipped]
+        columns.insert(0, ("FLOPs", [*given, sum(given)], flops_together(flops)))
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("task", overflow="fold")
     for title, _, _ in columns:
@@ -88,7 +116,21 @@ def _costs(zipped: ZippedModel) -> list[str]:
     if not flops:
         return _lines(table)
     of = "each on its own input" if flops["together"] is None else "of zipped(x), one input for all tasks"
-    return [*_lines(table), _wrapped(f"FLOPs for one sample, a multiply-add is 2; together: {of}.")]
+    notes = [_wrapped(f"FLOPs for one sample, a multiply-add is 2; together: {of}.")]
+    if alone != given:
+        by_itself = ", ".join(f"{name} {n:,}" for name, n in zip(zipped, alone, strict=True))
+        notes.append(_wrapped(f"FLOPs of one task of the joint network by itself: {by_itself}."))
+    return [*_lines(table), *notes]
+
+
+def flops_apart(flops: Mapping[str, Any]) -> dict[str, int]:
+    """Per task, FLOPs of the network that it was given as; of its zipped one where a checkpoint has no other."""
+    return dict(flops.get("originals", flops["tasks"]))
+
+
+def flops_together(flops: Mapping[str, Any]) -> int:
+    """FLOPs of all tasks of the joint network: one input for all, or each on its own."""
+    return int(sum(flops["tasks"].values()) if flops["together"] is None else flops["together"])
 
 
 def _amount(amount: int, whole: int) -> str:
