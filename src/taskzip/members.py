@@ -170,6 +170,11 @@ class Member:
         blocks = installed(self.network)
         return list(blocks[name].parameters()) if name in blocks else [self.network.get_parameter(name)]
 
+    def dense(self, name: str) -> Tensor:
+        """A parameter as it is now, put together where it is blocks."""
+        blocks = installed(self.network)
+        return (blocks[name]() if name in blocks else self.network.get_parameter(name)).detach()
+
     def layer_weights(self) -> list[list[nn.Parameter]]:
         """The weight of every layer as it is now: a dense parameter, or blocks."""
         return [self._parameters(layer.weight) for layer in self.structure.layers]

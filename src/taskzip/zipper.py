@@ -15,6 +15,7 @@ from taskzip.correspondence import JointLayers
 from taskzip.curvature import LayerStatistics
 from taskzip.errors import InputError
 from taskzip.graph import OUTPUT, Layer
+from taskzip.guard import check_assembled, check_reading, checked_batch_norm, checked_fit
 from taskzip.joining import JointLayer, Pairing
 from taskzip.meeting import TaskLayer
 from taskzip.members import Member, Owners
@@ -74,8 +75,10 @@ class Zipper:
         shared = sum(joint.shared_rows() for joint in joints)
         if shared:
             groups = {t: _shared_rows(t, parts, joints) for t in inputs.layers}
+            merged = {t: members[t].dense(layer.weight) for t, layer in inputs.layers.items()}
             install_blocks(members, inputs, groups)
-            for t in inputs.layers:
+            for t, layer in inputs.layers.items():
+                check_assembled(_where(members[t], layer), merged[t], members[t].dense(layer.weight))
                 members[t].changed = True
         note = "" if all(layer.pinned == OUTPUT for layer in layers.values()) else obstacle
         return self._record(layers, shared, sum(joint.cost for joint in joints) if shared else 0.0, before, note)
@@ -236,6 +239,8 @@ def observe(member: Member, layer: Layer, settings: Settings, sharing: bool) -> 
     observer, rows = member.compared(layer, settings.max_rows, settings.seed)
     statistics = observer.observe(layer, changed=changed, rows=rows)
     member.answers.forget(layer.name)
+    if not changed and layer.solvable:
+        check_reading(_where(member, layer), statistics, member.weights(layer))
     return statistics
 
 
@@ -269,7 +274,8 @@ def compensated(member: Member, layer: Layer, statistics: LayerStatistics | None
     weights = member.weights(layer)
     if statistics is None or not _to_solve(member, layer, settings):
         return weights
-    return least_squares(statistics, weights, settings.ridge, bias=layer.bias is not None)
+    solved = least_squares(statistics, weights, settings.ridge, bias=layer.bias is not None)
+    return checked_fit(_where(member, layer), statistics, weights, solved)
 
 
 def settle(
@@ -287,9 +293,15 @@ def settle(
         return
     if layer.batch_norm:
         mean, variance = member.batch_norm(layer)
-        m, v = batch_norm_statistics(old, new, mean.double(), variance.double(), layer.batch_norm.eps)
+        running, eps = (mean.double(), variance.double()), layer.batch_norm.eps
+        found = batch_norm_statistics(old, new, *running, eps)
+        m, v = checked_batch_norm(_where(member, layer), old, new, running, found, eps)
         mean.copy_(m)
         variance.copy_(v)
+
+
+def _where(member: Member, layer: Layer) -> str:
+    return f"task {member.task.name!r}, layer {layer.name!r}"
 
 
 def _size(members: Sequence[Member], layers: JointLayers) -> int:
