@@ -30,6 +30,10 @@ class ExportError(TaskzipError):
     """A joint network that cannot be exported, or a file of it that cannot be written."""
 
 
+class TaskzipWarning(UserWarning):
+    """What was not done as asked, or may not give what was wanted; the network can be used all the same."""
+
+
 _FRAME = re.compile(r'File "(.+?)", line (\d+).*\n {4}(.+)')
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from taskzip.answers import Answers
-from taskzip.errors import GraphError, InputError
+from taskzip.errors import GraphError, InputError, TaskzipWarning
 from taskzip.graph import Layer, Structure, analyse
 from taskzip.observation import MaxRows, Observer, evaluating, run_batch
+from taskzip.orders import misread
 from taskzip.task import Batch, Task
 from taskzip.zipped.blocks import installed
 from taskzip.zipped.folding import fold, foldable
@@ -54,9 +56,9 @@ class Member:
         self.structure = self._analyse(batch)
         self.folded = foldable(self.network, self.structure.layers) if fold_batch_norm else []
         self.original = self._fold(batch, answers) if self.folded else task.model
-        self._check_orders(batch, answers, seed)
         self.slots: Slots = {}
         self._orders: dict[int, np.ndarray] = {}  # per space, which of the original's units stands in each place
+        self._check_orders(batch, answers, seed)
         self.changed = False
         self.answers = Answers()
 
@@ -105,6 +107,7 @@ class Member:
         rng = np.random.default_rng(seed)
         orders = [rng.permutation(len(space.units)) for space in self.structure.spaces]
         if self._agrees(orders, range(len(orders)), batch, answers):
+            self._check_layers(orders, batch)
             return
         for space in range(len(orders)):
             if not self._agrees(orders, [space], batch, answers):
@@ -117,14 +120,52 @@ class Member:
             f"task {self.task.name!r}: re-ordering hidden units changes the outputs; please report the network."
         )
 
+    def _check_layers(self, orders: Sequence[np.ndarray], batch: Batch) -> None:
+        """What each layer answers must lie where zipping looks for it: else least squares is not for that layer.
+
+        Raises:
+            GraphError: the units of a layer do not lie there.
+        """
+        self._orders = dict(enumerate(orders))
+        layers = [layer for layer in self.structure.layers if not self._moves_beside(layer)]
+        rows = {layer.name: self.original_rows(layer) for layer in layers}
+        self._orders = {}
+        found = misread(self.task, self.original, self._reordered(orders), layers, rows, batch, _ROUNDING)
+        for name, order in found.items():
+            where = f"task {self.task.name!r}, layer {name!r}"
+            if order.units:
+                raise GraphError(
+                    f"{where}: its units stand in another order than was read from the network. Please report the "
+                    f"architecture; the network cannot be zipped as it is."
+                )
+            if self.structure.layer(name).solvable:
+                warnings.warn(
+                    f"{where}: re-ordering hidden units re-orders the rows that it is applied to, so that its weights "
+                    f"are not solved again by least squares. Please report the architecture.",
+                    TaskzipWarning,
+                    stacklevel=2,
+                )
+        unsolved = {name for name, order in found.items() if order.rows}
+        layers = [replace(x, solvable=x.solvable and x.name not in unsolved) for x in self.structure.layers]
+        self.structure = replace(self.structure, layers=tuple(layers))
+
     def _agrees(self, orders: Sequence[np.ndarray], spaces: Sequence[int], batch: Batch, answers: Any) -> bool:
-        network = copy.deepcopy(self.network)
-        for space in spaces:
-            self.structure.reorder(network, space, orders[space])
+        network = self._reordered(orders, spaces)
         with evaluating(network):
             given = run_batch(self.task, network, batch, 0)
         pairs = zip(pytree.tree_leaves(answers), pytree.tree_leaves(given), strict=True)
         return all(_close(a, b) for a, b in pairs if isinstance(a, Tensor))
+
+    def _reordered(self, orders: Sequence[np.ndarray], spaces: Sequence[int] | None = None) -> nn.Module:
+        """A copy with these spaces, or all of them, in another order."""
+        network = copy.deepcopy(self.network)
+        for space in range(len(orders)) if spaces is None else spaces:
+            self.structure.reorder(network, space, orders[space])
+        return network
+
+    def _moves_beside(self, layer: Layer) -> bool:
+        """Whether units have moved that lie along other axes of what a layer reads."""
+        return any(space in self._orders for space in layer.beside)
 
     def observer(self, max_rows: MaxRows, seed: int) -> Observer:
         """What reads layers of this task."""
@@ -138,7 +179,7 @@ class Member:
         own units moved likewise.
         """
         observer = self.observer(max_rows, seed)
-        if not any(space in self._orders for space in layer.beside):
+        if not self._moves_beside(layer):
             return observer, self.original_rows(layer)
         original = copy.deepcopy(self.original)
         for space, order in self._orders.items():
