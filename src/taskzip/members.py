@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from taskzip.answers import Answers
 from taskzip.errors import GraphError, InputError, TaskzipWarning
 from taskzip.graph import Layer, Structure, analyse
 from taskzip.observation import MaxRows, Observer, evaluating, run_batch
-from taskzip.orders import misread
+from taskzip.orders import Order, misread
 from taskzip.task import Batch, Task
 from taskzip.zipped.blocks import installed
 from taskzip.zipped.folding import fold, foldable
@@ -27,6 +27,9 @@ Owners = tuple[int, ...]
 
 Slots = dict[int, tuple[int, np.ndarray]]
 """Per space of a task, its joint space and the slot of each unit: units of two tasks in one slot belong together."""
+
+_FEW = 8
+"""So many samples show in which order layers answer."""
 
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3}
 
@@ -130,7 +133,7 @@ class Member:
         layers = [layer for layer in self.structure.layers if not self._moves_beside(layer)]
         rows = {layer.name: self.original_rows(layer) for layer in layers}
         self._orders = {}
-        found = misread(self.task, self.original, self._reordered(orders), layers, rows, batch, _ROUNDING)
+        found = self._misread(orders, layers, rows, batch)
         for name, order in found.items():
             where = f"task {self.task.name!r}, layer {name!r}"
             if order.units:
@@ -138,14 +141,14 @@ class Member:
                     f"{where}: its units stand in another order than was read from the network. Please report the "
                     f"architecture; the network cannot be zipped as it is."
                 )
-            if self.structure.layer(name).solvable:
-                warnings.warn(
-                    f"{where}: re-ordering hidden units re-orders the rows that it is applied to, so that its weights "
-                    f"are not solved again by least squares. Please report the architecture.",
-                    TaskzipWarning,
-                    stacklevel=2,
-                )
-        unsolved = {name for name, order in found.items() if order.rows}
+        unsolved = [name for name, order in found.items() if order.rows and self.structure.layer(name).solvable]
+        if unsolved:
+            warnings.warn(
+                f"task {self.task.name!r}: re-ordering hidden units moves what {', '.join(unsolved)} are applied to, "
+                f"so that these layers are not solved again by least squares. Please report the architecture.",
+                TaskzipWarning,
+                stacklevel=2,
+            )
         layers = [replace(x, solvable=x.solvable and x.name not in unsolved) for x in self.structure.layers]
         self.structure = replace(self.structure, layers=tuple(layers))
 
@@ -155,6 +158,20 @@ class Member:
             given = run_batch(self.task, network, batch, 0)
         pairs = zip(pytree.tree_leaves(answers), pytree.tree_leaves(given), strict=True)
         return all(_close(a, b) for a, b in pairs if isinstance(a, Tensor))
+
+    def _misread(
+        self,
+        orders: Sequence[np.ndarray],
+        layers: Sequence[Layer],
+        rows: Mapping[str, Tensor | None],
+        batch: Batch,
+    ) -> dict[str, Order]:
+        networks = (self.original, self._reordered(orders))
+        few = pytree.tree_map_only(Tensor, lambda t: t[:_FEW] if t.dim() else t, batch)
+        try:
+            return misread(self.task, *networks, layers, rows, few, _ROUNDING)
+        except InputError:  # the network is made for batches of one size
+            return misread(self.task, *networks, layers, rows, batch, _ROUNDING)
 
     def _reordered(self, orders: Sequence[np.ndarray], spaces: Sequence[int] | None = None) -> nn.Module:
         """A copy with these spaces, or all of them, in another order."""

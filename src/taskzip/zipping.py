@@ -13,6 +13,7 @@ from rich.progress import Progress
 from taskzip.correspondence import JointLayers, Layers, correspond
 from taskzip.curves import Curve
 from taskzip.errors import InputError
+from taskzip.faithfulness import record_answers
 from taskzip.flops import record_flops
 from taskzip.matching import Matching
 from taskzip.members import Member
@@ -144,6 +145,7 @@ def zip_tasks(
         zipped = search(wanted, tasks, zip_with, seed=settings.seed, progress=progress)
     with seeded(settings.seed):
         record_flops(zipped, tasks)
+        record_answers(zipped, tasks)
     return zipped
 
 
