@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -66,7 +65,7 @@ def rolled(function: Callable[..., Any], dim: int = 0) -> Callable[..., Any]:
 
 
 def assert_found(given: list[tz.Task], what: str, **options: Any) -> None:
-    with pytest.raises(tz.GraphError, match=f"(layer )?'?{re.escape('3') if 'norm' in what else ''}.*{what}"):
+    with pytest.raises(tz.GraphError, match=f"layer '[024]'.*{what}"):
         tz.zip(given, share=0.5, progress=False, **options)
 
 
@@ -146,10 +145,7 @@ def test_merged_weights_in_a_wrong_order(monkeypatch: Plant, dim: int) -> None:
 
 def test_private_weights_that_follow_in_a_wrong_order(monkeypatch: Plant) -> None:
     monkeypatch.setattr(taskzip.meeting, "following", rolled(taskzip.meeting.following, 1))
-    with torch.no_grad():
-        given = tasks()
-        for parameter in given[1].model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
+    given = [tz.Task(name, network(), [vectors()]) for name in "ab"]
     assert_found(given, "merging its units costs more")
 
 

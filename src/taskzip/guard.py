@@ -169,7 +169,7 @@ def check_pairing(where: str, difference: Float[Tensor, "a b"], cost: Float[Tens
     given = difference.diagonal()
     if len(cost) and float(cost.sum()) > (1 + MUCH) * float(given.sort().values[: len(cost)].sum()):
         raise GraphError(
-            f"layer {where!r}: its pairs are dearer than units paired in the order in which they stand; this is a "
+            f"{where}: its pairs are dearer than units paired in the order in which they stand; this is a "
             f"fault of taskzip: please report the network."
         )
 

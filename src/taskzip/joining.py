@@ -186,7 +186,7 @@ class JointLayer:
             most = min(quota.pairs, *d.shape)
             pairs = match(d, count=most, threshold=quota.threshold, method=pairing.matching, seed=pairing.seed)
             if pairing.matching == "optimal" and quota.threshold is None:
-                check_pairing(self._sides[task].layer.name, d, pairs.cost)
+                check_pairing(f"layer {self._sides[task].layer.name!r}", d, pairs.cost)
             self.slots[task] = count + np.arange(new)
             self.slots[task][pairs.b.cpu().numpy()] = slots[pairs.a.cpu().numpy()]
             return pairs
@@ -249,7 +249,7 @@ class JointLayer:
     def _check_merging(self, present: Mapping[int, Tensor], after: Mapping[int, Tensor], cost: Tensor) -> None:
         sides = [self._sides[t] for t in present]
         check_merging(
-            sides[-1].layer.name,
+            f"layer {sides[-1].layer.name!r}",
             [side.statistics for side in sides],
             [side.balance / side.samples for side in sides],
             [after[t] - before for t, before in present.items()],
@@ -282,7 +282,7 @@ class JointLayer:
         )
         balance = [side.balance / sum(each.balance for each in sides) for side in sides]
         better = scale <= LARGEST_SCALE
-        better[units] &= spread_is_better(sides[-1].layer.name, wanted, was, now, balance)
+        better[units] &= spread_is_better(f"layer {sides[-1].layer.name!r}", wanted, was, now, balance)
         return better
 
     def _shared(self) -> list[tuple[Owners, Tensor]]:
