@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from taskzip.errors import InputError, TaskzipWarning
 from taskzip.observation import evaluating, run_batch
+from taskzip.suitability import Suitability, is_classes
 from taskzip.task import Batch, Task, input_tensors, samples_in
 from taskzip.zipped import ZippedModel
 from taskzip.zipped.summary import how_far
@@ -51,12 +51,13 @@ def record_answers(zipped: ZippedModel, tasks: Sequence[Task]) -> None:
     samples with the same class, for cross-entropy; and how many "samples" it was.
     """
     samples = zipped.history.settings["samples"]
-    found = {task.name: _compare(task, zipped[task.name], samples[task.name]) for task in tasks}
+    suits = {task.name: Suitability(task) for task in tasks}
+    found = {task.name: _compare(task, zipped[task.name], samples[task.name], suits[task.name]) for task in tasks}
     zipped.history.settings["answers"] = found
     for task in tasks:
         each = found[task.name]
         log.info("task %r: error of the answers %s, a constant answer's being 1", task.name, how_far(each))
-        for said in _complaints(each, samples[task.name]):
+        for said in (*_complaints(each, samples[task.name]), *suits[task.name].complaints()):
             warnings.warn(f"task {task.name!r}: {said}", TaskzipWarning, stacklevel=3)
 
 
@@ -81,7 +82,7 @@ def _complaints(answers: Mapping[str, Any], samples: int) -> Iterator[str]:
         )
 
 
-def _compare(task: Task, network: nn.Module, samples: int) -> dict[str, Any]:
+def _compare(task: Task, network: nn.Module, samples: int, suits: Suitability) -> dict[str, Any]:
     """What `record_answers` writes down of one task."""
     outputs, between = _Outputs(), _Outputs()
     alike = passed = 0
@@ -96,6 +97,7 @@ def _compare(task: Task, network: nn.Module, samples: int) -> dict[str, Any]:
             batch, (wanted, given) = _both(task, network, index, (_some(batch, count), batch))
             outputs.update(wanted, given, samples_in(batch))
             alike += _alike(task, wanted, given)
+            suits.update(batch, wanted)
             if between.samples < _BETWEEN and (halves := half_way(batch)) is not None:
                 _, (wanted_there, given_there) = _both(task, network, index, (halves,))
                 between.update(wanted_there, given_there, samples_in(halves))
@@ -103,7 +105,7 @@ def _compare(task: Task, network: nn.Module, samples: int) -> dict[str, Any]:
     return {
         "error": _largest(outputs.distance(), variance),
         "between": _largest(distance, variance) if between.samples else None,
-        "alike": alike / outputs.samples if _is_classes(task, wanted) else None,
+        "alike": alike / outputs.samples if is_classes(task, wanted) else None,
         "samples": outputs.samples,
     }
 
@@ -201,10 +203,4 @@ class _Output:
 
 
 def _alike(task: Task, wanted: Any, given: Any) -> int:
-    return int((wanted.argmax(1) == given.argmax(1)).sum()) if _is_classes(task, wanted) else 0
-
-
-def _is_classes(task: Task, output: Any) -> bool:
-    """Whether an output is class scores, a row a sample."""
-    classes = task.loss is F.cross_entropy or isinstance(task.loss, nn.CrossEntropyLoss)
-    return classes and isinstance(output, Tensor) and output.dim() == 2 and output.shape[1] > 1
+    return int((wanted.argmax(1) == given.argmax(1)).sum()) if is_classes(task, wanted) else 0
