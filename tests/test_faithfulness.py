@@ -118,24 +118,30 @@ def test_outputs_of_any_form() -> None:
     assert 0 <= found["error"] < 0.5
 
 
-def test_answers_that_are_far_off() -> None:
-    def odd() -> nn.Module:
-        model = network()
+def said(data: Any, width: int, **options: Any) -> tuple[tz.ZippedModel, str]:
+    """What is said of two networks that have nothing to do with each other, fully shared."""
+    tasks = []
+    for name in "ab":
+        model = nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 4))
         with torch.no_grad():
-            model[0].weight.normal_()
-            model[2].weight.normal_()
-        return model
+            for module in (0, 2, 4):
+                model[module].weight.normal_().div_(model[module].in_features ** 0.5)
+        tasks.append(tz.Task(name, model.to(DOUBLE), data))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        zipped = tz.zip(tasks, share=1.0, progress=False, **options)
+    return zipped, "\n".join(str(each.message) for each in found if each.category is tz.TaskzipWarning)
 
-    tasks = [tz.Task(n, odd(), [torch.randn(300, 8, dtype=DOUBLE)]) for n in "ab"]
-    with pytest.warns(tz.TaskzipWarning, match="task 'a': the joint network's answers are far from the original's"):
-        zipped = tz.zip(tasks, share=1.0, compensate=False, matching="random", progress=False)
+
+def test_answers_that_are_far_off() -> None:
+    zipped, text = said([torch.randn(300, 8, dtype=DOUBLE)], 16, compensate=False, matching="random")
     assert zipped.history.settings["answers"]["a"]["error"] > 0.5
+    assert "task 'a': the joint network's answers are far from the original's" in text
 
 
 def test_too_few_samples() -> None:
-    models = [network(48), network(48)]
-    with pytest.warns(tz.TaskzipWarning, match="task 'a': 8 calibration samples are too few"):
-        tz.zip([tz.Task(n, m, [labelled(8)[0]]) for n, m in zip("ab", models, strict=True)], share=1.0, progress=False)
+    assert "task 'a': 8 calibration samples are too few" in said([torch.randn(8, 8, dtype=DOUBLE)], 48)[1]
+    assert "too few" not in said([torch.randn(1000, 8, dtype=DOUBLE)], 48)[1]
 
 
 def test_answers_that_are_constant() -> None:
