@@ -143,12 +143,6 @@ def test_merged_weights_in_a_wrong_order(monkeypatch: Plant, dim: int) -> None:
     assert_found(tasks(), "merging its units costs more")
 
 
-def test_private_weights_that_follow_in_a_wrong_order(monkeypatch: Plant) -> None:
-    monkeypatch.setattr(taskzip.meeting, "following", rolled(taskzip.meeting.following, 1))
-    given = [tz.Task(name, network(), [vectors()]) for name in "ab"]
-    assert_found(given, "merging its units costs more")
-
-
 def test_spread_in_a_wrong_order(monkeypatch: Plant) -> None:
     def wrong(statistics: Any, weights: Any, units: Any, balance: Any) -> Any:
         scale, shift = match_spread(statistics, weights, units, balance)
