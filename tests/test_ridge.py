@@ -8,7 +8,7 @@ from torch import Tensor
 
 from taskzip.curvature import LayerStatistics
 from taskzip.recalibration import least_squares
-from taskzip.ridge import DEFAULT, RIDGES, choose_ridge, relative_errors
+from taskzip.ridge import DEFAULT, RIDGES, choose_ridge
 
 
 def split(x: Tensor, z: Tensor) -> LayerStatistics:
@@ -29,16 +29,6 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("rows", [40, 4000])
-def test_errors_are_those_on_the_rows(rows: int) -> None:
-    """In closed form as by hand, for rows that are kept and for rows that are summed up."""
-    x, z, w = torch.randn(rows, 300).double(), torch.randn(rows, 5).double() + 3, torch.randn(5, 301).double()
-    statistics = LayerStatistics(300, 5, x.device)
-    statistics.update(x, z)
-    by_hand = (answers(x, w) - z).square().mean(0) / z.var(0, correction=0)
-    torch.testing.assert_close(relative_errors(statistics, w), by_hand)
-
-
 def test_present_weights_that_are_right_are_held_on_to() -> None:
     x, w = torch.randn(30, 20).double(), torch.randn(4, 21).double()
     noise = torch.randn(30, 4).double()
@@ -51,7 +41,7 @@ def test_present_weights_for_other_inputs_are_let_go() -> None:
     statistics = split(x, answers(x, w))
     ridge = choose_ridge(statistics, -30 * w, bias=True)
     assert ridge == RIDGES[-1]
-    assert relative_errors(statistics, least_squares(statistics, -30 * w, ridge, bias=True)).max() < 1e-3
+    torch.testing.assert_close(least_squares(statistics, -30 * w, ridge, bias=True), w, rtol=1e-2, atol=1e-2)
 
 
 def test_the_scale_of_inputs_and_answers_does_not_matter() -> None:

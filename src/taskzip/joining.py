@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from taskzip.alignment import CommonInputs, JointInputs
+from taskzip.guard import LARGEST_SCALE, Moments, check_merging, check_pairing, some, spread_is_better
 from taskzip.matching import Matching, Pairs, match
 from taskzip.meeting import Meeting, TaskLayer
 from taskzip.members import Owners
@@ -134,10 +135,12 @@ class JointLayer:
                 [self._sides[t].statistics for t in owners], weights, rows, [b / sum(balance) for b in balance]
             )
             shift = shift if set(owners) <= set(self._inputs.bias) else torch.zeros_like(shift)
-            for t, each, w in zip(owners, rows, weights, strict=True):
-                w = scale[:, None] * w
+            scaled = [scale[:, None] * w for w in weights]
+            for w in scaled:
                 w[:, -1] += shift
-                self.weights[t] = self.weights[t].index_copy(0, each, w)
+            better = self._better_spread(owners, rows, weights, scaled, scale)
+            for t, each, before, after in zip(owners, rows, weights, scaled, strict=True):
+                self.weights[t] = self.weights[t].index_copy(0, each, torch.where(better[:, None], after, before))
 
     def write(self, weights: Mapping[int, Tensor]) -> None:
         """Put what is shared into the tasks' weights, given as they were before."""
@@ -172,7 +175,7 @@ class JointLayer:
         start = 0
         for meeting in meetings:
             inside = (pairs.a >= start) & (pairs.a < start + meeting.units)
-            self._merge(meeting, pairs.a[inside] - start, pairs.b[inside])
+            self._merge(meeting, pairs.a[inside] - start, pairs.b[inside], pairs.cost[inside])
             start += meeting.units
         free = _without(self._all_units(task), pairs.b)
         if len(free):
@@ -189,6 +192,8 @@ class JointLayer:
             most = min(quota.pairs, *d.shape)
             if within is None:
                 pairs = match(d, count=most, threshold=quota.threshold, method=pairing.matching, seed=pairing.seed)
+                if pairing.matching == "optimal" and quota.threshold is None:
+                    check_pairing(f"layer {self._sides[task].layer.name!r}", d, pairs.cost)
             else:
                 cost = d.double().cpu().numpy()
                 pairs = match_within(cost, within, quota, method=pairing.matching, seed=pairing.seed)
@@ -245,21 +250,62 @@ class JointLayer:
         height = self._rows[task].shape[1]
         return Meeting(self._sides, owners, task, common, lambda t: self.weights[t][rows[t]], height)
 
-    def _merge(self, meeting: Meeting, joint: Tensor, new: Tensor) -> None:
+    def _merge(self, meeting: Meeting, joint: Tensor, new: Tensor, cost: Tensor) -> None:
         if not len(joint):
             return
         merged = meeting.merged(joint, new, self._pairing.connections)
         group = self.groups.pop(meeting.owners)
         owners = (*meeting.owners, meeting.task)
         units = torch.cat([group.units[joint], new[:, None]], dim=1)
+        present = {t: self.weights[t][self._rows_of(t, units[:, k])] for k, t in enumerate(owners)}
+        after = {t: meeting.written(t, before, merged) for t, before in present.items()}
+        if not meeting.is_pruned(joint, new):
+            self._check_merging(present, after, cost)
         for k, t in enumerate(owners):
-            rows = self._rows_of(t, units[:, k])
-            after = meeting.written(t, self.weights[t][rows], merged)
-            self.weights[t] = self.weights[t].index_copy(0, rows, after)
+            self.weights[t] = self.weights[t].index_copy(0, self._rows_of(t, units[:, k]), after[t])
         left = _without(torch.arange(len(group.units), device=joint.device), joint)
         if len(left):
             self.groups[meeting.owners] = group.taken(left)
         self.groups[owners] = Group(units, group.slots[joint.cpu().numpy()])
+
+    def _check_merging(self, present: Mapping[int, Tensor], after: Mapping[int, Tensor], cost: Tensor) -> None:
+        sides = [self._sides[t] for t in present]
+        check_merging(
+            f"layer {sides[-1].layer.name!r}",
+            [side.statistics for side in sides],
+            [side.balance / side.samples for side in sides],
+            [after[t] - before for t, before in present.items()],
+            list(present.values()),
+            cost,
+            centred=[bool(side.layer.batch_norm) for side in sides],
+        )
+
+    def _better_spread(
+        self,
+        owners: Owners,
+        rows: Sequence[Tensor],
+        before: Sequence[Tensor],
+        after: Sequence[Tensor],
+        scale: Tensor,
+    ) -> Tensor:
+        """Which merged units come nearer to their original moments; to their variance alone where no bias can shift."""
+        sides = [self._sides[t] for t in owners]
+        units = some(len(scale), before[0].shape[1], scale.device)
+        shifted = float(set(owners) <= set(self._inputs.bias))
+
+        def moments(of: Sequence[Moments]) -> list[Moments]:
+            return [(shifted * mean, variance) for mean, variance in of]
+
+        answers = [side.statistics.answer_moments() for side in sides]
+        wanted = moments([(m[chosen[units]], v[chosen[units]]) for (m, v), chosen in zip(answers, rows, strict=True)])
+        was, now = (
+            moments([side.statistics.moments(w[units]) for side, w in zip(sides, weights, strict=True)])
+            for weights in (before, after)
+        )
+        balance = [side.balance / sum(each.balance for each in sides) for side in sides]
+        better = scale <= LARGEST_SCALE
+        better[units] &= spread_is_better(f"layer {sides[-1].layer.name!r}", wanted, was, now, balance)
+        return better
 
     def _shared(self) -> list[tuple[Owners, Tensor]]:
         return [(owners, group.units) for owners, group in self.groups.items() if len(owners) > 1]

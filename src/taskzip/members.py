@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +15,10 @@ from torch.utils import _pytree as pytree
 from taskzip.answers import Answers
 from taskzip.copying import copy_of, uncompiled
 from taskzip.equalising import equalise
-from taskzip.errors import GraphError, InputError
+from taskzip.errors import GraphError, InputError, TaskzipWarning
 from taskzip.graph import Layer, Structure, analyse
 from taskzip.observation import MaxRows, Observer, evaluating, run_batch
+from taskzip.orders import Order, misread
 from taskzip.sparsity import pruned_layers
 from taskzip.task import Batch, Task, has_numbers
 from taskzip.zipped.blocks import installed
@@ -30,6 +32,8 @@ Slots = dict[int, tuple[int, np.ndarray]]
 
 _SPREAD_SAMPLES = 1024
 """So many samples tell the spreads of units, to which these are scaled."""
+_FEW = 8
+"""So many samples show in which order layers answer."""
 
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3}
 
@@ -71,9 +75,9 @@ class Member:
             self.original = self._fold(folds, batch, answers)
         weights = {layer.name: self.network.get_parameter(layer.weight) for layer in self.structure.layers}
         self.pruned = pruned_layers(weights)
-        self._check_orders(batch, answers, seed)
         self.slots: Slots = {}
         self._orders: dict[int, np.ndarray] = {}  # per space, which of the original's units stands in each place
+        self._check_orders(batch, answers, seed)
         self.changed = False
         self.answers = Answers()
         if equal_spreads:
@@ -137,6 +141,7 @@ class Member:
         rng = np.random.default_rng(seed)
         orders = [space.allowed(rng.permutation(len(space.units))) for space in self.structure.spaces]
         if self._agrees(orders, range(len(orders)), batch, answers):
+            self._check_layers(orders, batch)
             return
         self._check_steady(batch)
         for space in range(len(orders)):
@@ -162,13 +167,65 @@ class Member:
                 f"deterministic in eval mode, for zipping compares what it answers."
             )
 
+    def _check_layers(self, orders: Sequence[np.ndarray], batch: Batch) -> None:
+        """What each layer answers must lie where zipping looks for it: else least squares is not for that layer.
+
+        Raises:
+            GraphError: the units of a layer do not lie there.
+        """
+        self._orders = dict(enumerate(orders))
+        layers = [layer for layer in self.structure.layers if not self._moves_beside(layer)]
+        rows = {layer.name: self.original_rows(layer) for layer in layers}
+        self._orders = {}
+        found = self._misread(orders, layers, rows, batch)
+        for name, order in found.items():
+            where = f"task {self.task.name!r}, layer {name!r}"
+            if order.units:
+                raise GraphError(
+                    f"{where}: its units stand in another order than was read from the network. Please report the "
+                    f"architecture; the network cannot be zipped as it is."
+                )
+        unsolved = [name for name, order in found.items() if order.rows and self.structure.layer(name).solvable]
+        if unsolved:
+            warnings.warn(
+                f"task {self.task.name!r}: re-ordering hidden units moves what {', '.join(unsolved)} are applied to, "
+                f"so that these layers are not solved again by least squares. Please report the architecture.",
+                TaskzipWarning,
+                stacklevel=2,
+            )
+        layers = [replace(x, solvable=x.solvable and x.name not in unsolved) for x in self.structure.layers]
+        self.structure = replace(self.structure, layers=tuple(layers))
+
     def _agrees(self, orders: Sequence[np.ndarray], spaces: Sequence[int], batch: Batch, answers: Any) -> bool:
-        network = copy_of(self.network)
-        for space in spaces:
-            self.structure.reorder(network, space, orders[space])
+        network = self._reordered(orders, spaces)
         with evaluating(network):
             given = run_batch(self.task, network, batch, 0)
         return _same(answers, given)
+
+    def _misread(
+        self,
+        orders: Sequence[np.ndarray],
+        layers: Sequence[Layer],
+        rows: Mapping[str, Tensor | None],
+        batch: Batch,
+    ) -> dict[str, Order]:
+        networks = (self.original, self._reordered(orders))
+        few = pytree.tree_map_only(Tensor, lambda t: t[:_FEW] if t.dim() else t, batch)
+        try:
+            return misread(self.task, *networks, layers, rows, few, _ROUNDING)
+        except InputError:  # the network is made for batches of one size
+            return misread(self.task, *networks, layers, rows, batch, _ROUNDING)
+
+    def _reordered(self, orders: Sequence[np.ndarray], spaces: Sequence[int] | None = None) -> nn.Module:
+        """A copy with these spaces, or all of them, in another order."""
+        network = copy_of(self.network)
+        for space in range(len(orders)) if spaces is None else spaces:
+            self.structure.reorder(network, space, orders[space])
+        return network
+
+    def _moves_beside(self, layer: Layer) -> bool:
+        """Whether units have moved that lie along other axes of what a layer reads."""
+        return any(space in self._orders for space in layer.beside)
 
     def observer(self, max_rows: MaxRows, seed: int) -> Observer:
         """What reads layers of this task."""
@@ -182,7 +239,7 @@ class Member:
         own units moved likewise.
         """
         observer = self.observer(max_rows, seed)
-        if not any(space in self._orders for space in layer.beside):
+        if not self._moves_beside(layer):
             return observer, self.original_rows(layer)
         original = copy_of(self.original)
         for space, order in self._orders.items():
@@ -221,6 +278,15 @@ class Member:
     def pruned_weights(self) -> list[list[nn.Parameter]]:
         """The weight of every pruned layer as it is now: a dense parameter, or blocks."""
         return [self._parameters(layer.weight) for layer in self.structure.layers if layer.name in self.pruned]
+
+    def dense(self, name: str) -> Tensor:
+        """A parameter as it is now, put together where it is blocks."""
+        blocks = installed(self.network)
+        return (blocks[name]() if name in blocks else self.network.get_parameter(name)).detach()
+
+    def layer_weights(self) -> list[list[nn.Parameter]]:
+        """The weight of every layer as it is now: a dense parameter, or blocks."""
+        return [self._parameters(layer.weight) for layer in self.structure.layers]
 
     def connections(self) -> int:
         """How many weights its layers have, without those that are missing."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from types import FunctionType, ModuleType
@@ -322,6 +322,38 @@ class Observer:
 def _samples_of(where: tuple[Tensor, ...], places: Sequence[int], samples: int) -> Tensor:
     """The sample, in its batch, of each of some rows; a linear layer's lie sample by sample along one axis."""
     return where[0] if len(places) > 1 else where[0] * samples // places[0]
+
+
+class Glimpse(NamedTuple):
+    """What a layer answers in one call, in little.
+
+    Attributes:
+        rows: [places, units], at some places.
+        means: [2, units], mean and root mean square over all places.
+    """
+
+    rows: Tensor
+    means: Tensor
+
+
+def glimpses(
+    task: Task, model: nn.Module, layers: Sequence[Layer], batch: Batch, places: int
+) -> dict[str, list[Glimpse]]:
+    """What layers answer to one batch, call by call, at the same places for any model of the same layers."""
+    found: dict[str, list[Glimpse]] = {}
+
+    def take(layer: Layer, read: _Read) -> None:
+        z = _outputs(read, layer)
+        shape = z.shape[:-1]
+        generator = torch.Generator().manual_seed(len(found.setdefault(layer.name, [])))
+        chosen = torch.randint(max(math.prod(shape), 1), (min(places, math.prod(shape)),), generator=generator)
+        over = tuple(range(z.dim() - 1))
+        means = torch.stack([z.mean(over), torch.linalg.vector_norm(z, dim=over) / math.prod(shape) ** 0.5])
+        found[layer.name].append(Glimpse(z[torch.unravel_index(chosen.to(z.device), shape)], means))
+
+    with suppress(_Reached), _Recorder({id(model.get_parameter(x.weight)): x for x in layers}, take):
+        run_batch(task, model, batch, 0)
+    return found
 
 
 def _inputs(read: _Read, layer: Layer) -> Tensor:

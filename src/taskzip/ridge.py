@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from taskzip.curvature import LayerStatistics
-from taskzip.factored import quadratic, restricted
+from taskzip.guard import layer_errors
 from taskzip.recalibration import least_squares
 
 RIDGES = (1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5)
@@ -38,23 +38,18 @@ def choose_ridge(
     """
     if statistics.parts is None:
         return DEFAULT
-    fit, held = (each.of_units(_some(len(weights))) for each in statistics.parts)
-    present = weights[_some(len(weights))]
+    fit, held = statistics.parts
+    units = _some(len(weights))
+    fit, present = fit.of_units(units), weights[units]
+    variance = held.answer_moments()[1][units]
+    alive = variance > 0
     errors: list[float] = []
     for ridge in RIDGES:
-        errors.append(float(relative_errors(held, least_squares(fit, present, ridge, bias=bias, pruned=pruned)).mean()))
+        solved = least_squares(fit, present, ridge, bias=bias, pruned=pruned)
+        errors.append(float((layer_errors(held, solved, units) / variance)[alive].sum()))
         if errors[-1] > (1 + _EQUAL) * min(errors):
             break  # weaker ones fit more noise still
     return next(ridge for ridge, error in zip(RIDGES, errors, strict=False) if error <= (1 + _EQUAL) * min(errors))
-
-
-def relative_errors(statistics: LayerStatistics, weights: Float[Tensor, "units d1"]) -> Float[Tensor, " units"]:
-    """Mean squared distance of what units answer with these weights from what they should, over their variance."""
-    size, variance = statistics.square / statistics.rows, statistics.answer_moments()[1]
-    answered = quadratic(restricted(statistics.curvature, slice(None)), weights)
-    apart = (answered - 2 * (weights * statistics.cross.mT).sum(1)) / statistics.rows + size
-    tiny = 1e-12 * size + torch.finfo(size.dtype).tiny
-    return apart.clamp_min(0) / variance.clamp_min(tiny)
 
 
 def _some(units: int) -> Tensor:

@@ -16,6 +16,7 @@ from taskzip.correspondence import JointLayers
 from taskzip.curvature import LayerStatistics
 from taskzip.errors import InputError
 from taskzip.graph import OUTPUT, Layer
+from taskzip.guard import check_assembled, check_reading, checked_batch_norm, checked_fit
 from taskzip.joining import JointLayer, Pairing
 from taskzip.meeting import TaskLayer
 from taskzip.members import Member, Owners
@@ -79,8 +80,10 @@ class Zipper:
         shared = sum(joint.shared_rows() for joint in joints)
         if shared:
             groups = {t: _shared_rows(t, parts, joints) for t in inputs.layers}
+            merged = {t: members[t].dense(layer.weight) for t, layer in inputs.layers.items()}
             install_blocks(members, inputs, groups)
-            for t in inputs.layers:
+            for t, layer in inputs.layers.items():
+                check_assembled(_where(members[t], layer), merged[t], members[t].dense(layer.weight))
                 members[t].changed = True
         note = "" if all(layer.pinned == OUTPUT for layer in layers.values()) else obstacle
         costs = (sum(joint.cost for joint in joints), relative_cost) if shared else (0.0, 0.0)
@@ -273,6 +276,8 @@ def observe(member: Member, layer: Layer, settings: Settings, sharing: bool) -> 
     hold_out = settings.ridge is None and _to_solve(member, layer, settings)
     statistics = observer.observe(layer, changed=changed, rows=rows, hold_out=hold_out)
     member.answers.forget(layer.name)
+    if not changed and layer.solvable:
+        check_reading(_where(member, layer), statistics, member.weights(layer))
     return statistics
 
 
@@ -312,7 +317,8 @@ def compensated(member: Member, layer: Layer, statistics: LayerStatistics | None
         ridge = choose_ridge(statistics, weights, bias=bias, pruned=pruned)
         statistics.parts = None
         log.debug("%s, %s: ridge %g", member.task.name, layer.name, ridge)
-    return least_squares(statistics, weights, ridge, bias=bias, pruned=pruned)
+    solved = least_squares(statistics, weights, ridge, bias=bias, pruned=pruned)
+    return checked_fit(_where(member, layer), statistics, weights, solved)
 
 
 def settle(
@@ -330,9 +336,15 @@ def settle(
         return
     if layer.batch_norm:
         mean, variance = member.batch_norm(layer)
-        m, v = batch_norm_statistics(old, new, mean.double(), variance.double(), layer.batch_norm.eps)
+        running, eps = (mean.double(), variance.double()), layer.batch_norm.eps
+        found = batch_norm_statistics(old, new, *running, eps)
+        m, v = checked_batch_norm(_where(member, layer), old, new, running, found, eps)
         mean.copy_(m)
         variance.copy_(v)
+
+
+def _where(member: Member, layer: Layer) -> str:
+    return f"task {member.task.name!r}, layer {layer.name!r}"
 
 
 def _size(members: Sequence[Member], layers: JointLayers) -> int:

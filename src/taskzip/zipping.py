@@ -15,6 +15,7 @@ from taskzip.copying import check_kind
 from taskzip.correspondence import Layers, correspond
 from taskzip.curves import Curve
 from taskzip.errors import InputError, TaskzipWarning
+from taskzip.faithfulness import record_answers
 from taskzip.flops import record_flops
 from taskzip.joining_order import joining_order
 from taskzip.matching import Matching
@@ -158,6 +159,7 @@ def zip_tasks(
         zipped = search(wanted, tasks, zip_with, seed=settings.seed, progress=progress)
     with seeded(settings.seed):
         record_flops(zipped, tasks)
+        record_answers(zipped, tasks)
     _warn(zipped, share)
     return zipped
 

@@ -63,6 +63,9 @@ def summary_table(zipped: ZippedModel) -> str:
             0, _wrapped(f"{apart:,} connections apart, {zipped.connection_count():,} together (weights not 0).")
         )
     notes[:0] = [_wrapped(_measured(step["measured"])) for step in zipped.history.later[-1:] if "measured" in step]
+    answers = zipped.history.settings.get("answers")  # checkpoints of before do not have them
+    if answers:
+        notes.insert(0, _wrapped(_answered(answers)))
     search = zipped.history.settings.get("search")
     if search:
         notes.insert(0, _wrapped(certificate(search)))
@@ -168,6 +171,21 @@ def _measured(measured: Mapping[str, Any]) -> str:
         for name, m in measured.items()
     )
     return f"Measured on held-out data: {', '.join(found)}."
+
+
+def _answered(answers: Mapping[str, Any]) -> str:
+    """How far the tasks' answers were from their own networks' when they were zipped."""
+    found = ", ".join(f"{name} {how_far(each)}" for name, each in answers.items())
+    samples = max(each["samples"] for each in answers.values())
+    return f"Error on {samples:,} calibration samples when zipped, a constant answer's being 1: {found}."
+
+
+def how_far(answers: Mapping[str, Any]) -> str:
+    """The squared error relative to that of a constant answer, and how many classes are the same."""
+    if answers["error"] is None:
+        return "unknown, as its answers are constant"
+    alike = "" if answers["alike"] is None else f" ({answers['alike']:.1%} of the classes alike)"
+    return f"{answers['error']:.2g}{alike}"
 
 
 def _wrapped(text: str) -> str:
