@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import taskzip as tz
 from taskzip.curvature import damped
 from taskzip.datasets import batches
+from taskzip.distillation import distillation_loss
 from taskzip.factored import Factored
-from taskzip.retraining import distillation_loss
 from taskzip.surgeon import ROUND, removal_costs
 
 DOUBLE = torch.float64

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from taskzip.answers import Answers
 from taskzip.curvature import LayerStatistics
@@ -133,13 +134,13 @@ def in_eval_mode(*models: nn.Module) -> Iterator[None]:
 
 
 def run_batch(task: Task, model: nn.Module, batch: Batch, index: int) -> Any:
-    """Run one batch of the task's data.
+    """Run one batch of the task's data, on a copy, for networks may write into their input.
 
     Raises:
         InputError: the network does not take the batch, naming its shapes.
     """
     try:
-        return task.run(model, batch)
+        return task.run(model, pytree.tree_map_only(Tensor, torch.clone, batch))
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
