@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,14 +21,19 @@ from taskzip.zipped import ZippedModel
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
-FIRST_STEP_SIZE = 1e-2
-LOWERED_BY = math.sqrt(10)
+STEP_SIZES = (1e-2, 3e-3, 1e-3)
+"""Those that are tried, in this order, where none is given."""
+
+PER_TRIAL = 8
+"""A trial takes one step in so many, and no more than `MOST_TRIED`."""
+
+MOST_TRIED = 20
 
 SMALLEST_RMS = 1e-3
 """A tensor whose root mean square is below this (zero biases) still moves as if it had this one."""
 
 log = logging.getLogger("taskzip")
-"""Says at level INFO what is taught, and which steps were too large."""
+"""Says at level INFO what is taught, and which step size was chosen."""
 
 
 class Lesson:
@@ -97,7 +102,7 @@ class Course:
             missing: where parameters stay 0.
             statistics: buffers that change as well.
             make: the optimizer, if it is not Adam with relative steps.
-            step_size: of that; by default a first one, which is lowered when it does harm.
+            step_size: of that; by default the first of `STEP_SIZES` that does no harm in a short trial.
 
         Raises:
             InputError: a loss that is NaN or infinite.
@@ -107,8 +112,9 @@ class Course:
         self._balance = [balance_of(zipped, lesson.task) for lesson in lessons]
         self._parameters, self._missing, self._make = parameters, missing, make
         self._masters = Masters(parameters)
-        self._may_lower = make is None and step_size is None
-        self.step_size = FIRST_STEP_SIZE if step_size is None else step_size
+        self._streams = [lesson.held.others() for lesson in lessons]
+        self._chooses = make is None and step_size is None
+        self.step_size = STEP_SIZES[0] if step_size is None else step_size
         self.optimizer = self._optimizer()
         self.watch = Watch(self._held_out_loss, [*parameters, *self._masters.copies, *statistics])
         for lesson, loss in zip(lessons, self._held_out, strict=True):
@@ -118,20 +124,46 @@ class Course:
                 )
 
     def run(self, steps: int, tell: Callable[[Mapping[str, float]], None]) -> list[dict[str, float]]:
-        """All steps, then back to the best state; the losses of each step, which are told at once."""
-        streams = [lesson.held.others() for lesson in self.lessons]
-        losses, when = [], looks(steps)
+        """All steps, then back to the best state; the losses of each step, which are told at once.
+
+        Steps of trials that did harm come on top, at most a quarter of all.
+        """
+        losses = self._tried(min(MOST_TRIED, max(1, round(steps / PER_TRIAL))), tell) if self._chooses else []
+        losses += self._steps(steps - len(losses), tell, looks(steps - len(losses)), len(losses))
+        self._masters.forget_gradients()
+        self.watch.restore()
+        return losses
+
+    def _tried(self, steps: int, tell: Callable[[Mapping[str, float]], None]) -> list[dict[str, float]]:
+        """Take the first step size of which a few annealed steps do no harm, and go on from there; their losses.
+
+        The largest is best in the long run, though smaller ones often go farther in a few steps. Where all do harm it
+        is the smallest, from the start.
+        """
+        for self.step_size in STEP_SIZES:
+            self.optimizer = self._optimizer()
+            losses = self._steps(steps, tell, (), 0)
+            harmless = self.watch.look(steps) <= self.watch.start
+            log.info("step_size %g: %s on held-out batches", self.step_size, "no harm" if harmless else "worse")
+            if harmless:
+                return losses
+            self.watch.restore()
+        self.optimizer = self._optimizer()
+        return losses
+
+    def _steps(
+        self, steps: int, tell: Callable[[Mapping[str, float]], None], when: Collection[int], before: int
+    ) -> list[dict[str, float]]:
+        """So many steps, annealed to zero, with looks after some of them."""
+        losses = []
         for step in range(steps):
             if self._make is None:
                 _anneal(self.optimizer, step / steps)
-            losses.append(self._step([next(stream) for stream in streams], step))
+            losses.append(self._step([next(stream) for stream in self._streams], before + step))
             tell(losses[-1])
             if step + 1 in when:
-                self._check_weights()
-                if not self.watch.look(step + 1) and self._may_lower:
-                    self._lower_step_size()
-        self._masters.forget_gradients()
-        self.watch.restore()
+                self.watch.look(before + step + 1)
+        self._check_weights()
         return losses
 
     def _step(self, batches: Sequence[Batch], step: int) -> dict[str, float]:
@@ -166,13 +198,6 @@ class Course:
             pairs = zip(self.lessons, self._networks, strict=True)
             self._held_out = [lesson.held_out_loss(network) for lesson, network in pairs]
         return sum(balance * loss for balance, loss in zip(self._balance, self._held_out, strict=True))
-
-    def _lower_step_size(self) -> None:
-        """Steps that leave the network worse than it was do harm: undo them, and go on with smaller ones."""
-        self.watch.restore()
-        self.step_size /= LOWERED_BY
-        self.optimizer = self._optimizer()
-        log.info("retraining has made the held-out loss worse: undone, on with step_size=%.2g", self.step_size)
 
     def _optimizer(self) -> torch.optim.Optimizer:
         parameters = self._masters.parameters

@@ -158,7 +158,7 @@ def retrain(
 
     The joint network never ends worse than it started: up to an eighth of each task's batches is held out (of a loader
     that shuffles, single samples of them are seen all the same; a task of one batch is watched on that), the loss on
-    them is measured up to ten times, and the best state is kept. The history tells both losses, and what was taught.
+    them is measured now and then, and the best state is kept. The history tells both losses, and what was taught.
 
     Args:
         zipped: the joint network.
@@ -169,15 +169,16 @@ def retrain(
             squared error of values relative to the variance of theirs. Which it is, `Task.teach` says.
         step_size: relative step of the default optimizer, Adam with a learning rate per tensor of `step_size` times the
             tensor's root mean square, annealed to zero along a cosine. Merged layers differ in scale a hundredfold, and
-            one learning rate cannot serve them all. Default: 0.01, and whenever that has made the held-out loss worse
-            than at the start, back to the best state and on with a step about 3 times smaller.
+            one learning rate cannot serve them all. Default: the first of 0.01, 0.003 and 0.001 with which an
+            eighth of the steps does not raise the loss of the held-out batches; steps that do are undone and come on
+            top.
         optimizer: instead, a function from parameters to any torch optimizer, used without a schedule.
         batch_norm: "frozen" or "update".
         progress: show a progress bar with the losses on standard error.
         seed: of loaders that shuffle with torch's global generator, which is left as it was.
 
     Returns:
-        Per step, the loss of each task on its batch, those of steps that were undone too.
+        Per step, the loss of each task on its batch, without those of trials that were undone.
 
     Raises:
         InputError: other tasks than those zipped, missing targets, settings that cannot be used, or a loss that becomes

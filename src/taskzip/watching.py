@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -17,17 +16,17 @@ PART = 8
 MOST = 8
 """Batches of a task that are held out at most."""
 
-STEPS_PER_BATCH = 20
+STEPS_PER_BATCH = 10
 """Steps of retraining for each batch that is held out: to look at them must stay cheap."""
 
-LOOKS = 10
+LOOKS = 5
 """How often one looks while retraining."""
 
 _LEAST_STEPS = 4
 
 
 class Held:
-    """Some of a task's batches, evenly spread over those that will be read, and the others, over and over again.
+    """Some of a task's batches, evenly spread over all, and the others, over and over again.
 
     The batches of a loader that gives the same ones on every pass are not trained on; of a loader that shuffles, single
     samples of them are. A task of one batch is watched on that batch.
@@ -36,7 +35,7 @@ class Held:
     def __init__(self, task: Task, steps: int) -> None:
         self._task = task
         most = max(1, min(MOST, steps // STEPS_PER_BATCH))
-        self._held = _spread(islice(task.batches(), steps + most), most)
+        self._held = _spread(task.batches(), most)
         self.batches = list(self._held.values())
 
     def others(self) -> Iterator[Batch]:
@@ -67,13 +66,13 @@ class Watch:
         self.step = 0
         self._keep()
 
-    def look(self, step: int) -> bool:
-        """Measure after so many steps, keep the state if it is the best; whether it is no worse than the start."""
+    def look(self, step: int) -> float:
+        """Measure after so many steps, and keep the state if it is the best; the loss."""
         now = self._loss()
         if now < self.best:
             self.best, self.step = now, step
             self._keep()
-        return now <= self.start
+        return now
 
     @torch.no_grad()
     def restore(self) -> None:
