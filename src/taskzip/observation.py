@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from taskzip.answers import Answers
 from taskzip.curvature import LayerStatistics
@@ -134,13 +133,13 @@ def in_eval_mode(*models: nn.Module) -> Iterator[None]:
 
 
 def run_batch(task: Task, model: nn.Module, batch: Batch, index: int) -> Any:
-    """Run one batch of the task's data, on a copy, for networks may write into their input.
+    """Run one batch of the task's data.
 
     Raises:
         InputError: the network does not take the batch, naming its shapes.
     """
     try:
-        return task.run(model, pytree.tree_map_only(Tensor, torch.clone, batch))
+        return task.run(model, batch)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError, IndexError) as error:

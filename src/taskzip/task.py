@@ -119,7 +119,7 @@ class Task:
                     f"task {self.name!r}: batch {index} is a {type(batch).__name__} without a tensor of samples."
                 )
             samples += len(tensors[0])
-            if any((t.is_floating_point() or t.is_complex()) and not t.isfinite().all() for t in tensors):
+            if any(t.is_floating_point() and not torch.isfinite(t).all() for t in tensors):
                 raise InputError(
                     f"task {self.name!r}: batch {index} of the calibration data has NaN or infinite values."
                 )
