@@ -30,7 +30,8 @@ X, Y = torch.arange(12.0).reshape(6, 2), torch.arange(6)
 
 
 def test_a_batch_that_is_a_tensor() -> None:
-    assert task([X]).run(Echo(), X) == ((X,), {})
+    (given,), kwargs = task([X]).run(Echo(), X)
+    assert torch.equal(given, X) and not kwargs
     assert task([X]).targets(X) is None
 
 
@@ -38,7 +39,7 @@ def test_a_batch_that_is_a_tensor() -> None:
 def test_a_pair_of_inputs_and_targets(kind: type) -> None:
     batch = kind([X, Y])
     args, kwargs = task([batch]).run(Echo(), batch)
-    assert len(args) == 1 and args[0] is X and not kwargs
+    assert len(args) == 1 and torch.equal(args[0], X) and not kwargs
     assert task([batch]).targets(batch) is Y
 
 
@@ -46,20 +47,21 @@ def test_a_pair_of_inputs_and_targets(kind: type) -> None:
 def test_several_inputs(kind: type) -> None:
     batch = (kind([X, 2 * X]), Y)
     args, _ = task([batch]).run(Echo(), batch)
-    assert args[0] is X and torch.equal(args[1], 2 * X)
+    assert torch.equal(args[0], X) and torch.equal(args[1], 2 * X)
     assert task([batch]).targets(batch) is Y
 
 
 def test_inputs_without_targets() -> None:
     args, _ = task([(X,)]).run(Echo(), (X,))
-    assert args[0] is X
+    assert torch.equal(args[0], X)
     assert task([(X,)]).targets((X,)) is None
 
 
 def test_a_dict_is_keywords() -> None:
     batch = {"pixels": X, "labels": Y}
     args, kwargs = task([batch]).run(Echo(), batch)
-    assert args == () and kwargs == batch
+    assert args == () and list(kwargs) == list(batch)
+    assert all(torch.equal(kwargs[name], batch[name]) for name in batch)
     assert task([batch]).targets(batch) is Y
     assert task([batch]).targets({"pixels": X}) is None
 
@@ -70,6 +72,35 @@ def test_a_forward_of_its_own_comes_first() -> None:
 
     args, _ = task([{"x": X}], forward=forward).run(Echo(), {"x": X})
     assert torch.equal(args[0], 2 * X)
+
+
+class Writes(nn.Module):
+    """Normalises its input in place, as preprocessing does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sub_(1.0).div_(2.0)
+
+
+@pytest.mark.parametrize("batch", [X, (X, Y), [X], ([X], Y), {"x": X}, UserDict(x=X)])
+def test_a_network_gets_a_copy_of_its_input(batch: Any) -> None:
+    before = X.clone()
+    assert torch.equal(task([batch]).run(Writes(), batch), (X - 1) / 2)
+    assert torch.equal(X, before)
+
+
+def test_a_forward_of_its_own_gets_a_copy_too() -> None:
+    before = X.clone()
+    run = task([X], forward=lambda model, batch: model(batch.mul_(2))).run
+    assert torch.equal(run(Writes(), X), X - 0.5)
+    assert torch.equal(X, before)
+
+
+def test_inputs_of_inference_mode_can_be_learned_from() -> None:
+    with torch.inference_mode():
+        x = torch.ones(2, 3)
+    layer = nn.Linear(3, 1)
+    task([x]).run(layer, x).sum().backward()
+    assert layer.weight.grad is not None
 
 
 # --- data ---------------------------------------------------------------------------------------------------------
@@ -117,7 +148,7 @@ def test_any_mapping_is_a_dict() -> None:
     mine = Task("digits", Echo(), [UserDict(x=X)])
     assert mine.check_data() == 6
     (batch,) = mine.batches()
-    assert mine.run(Echo(), batch)[1]["x"] is X
+    assert torch.equal(mine.run(Echo(), batch)[1]["x"], X)
 
 
 def test_device_of_a_model() -> None:

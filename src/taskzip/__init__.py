@@ -1,6 +1,6 @@
 """taskzip: merge trained networks, after training, into one network that does every task (Multi-Task Zipping)."""
 
-from taskzip.errors import CheckpointError, ExportError, GraphError, InputError, TaskzipError
+from taskzip.errors import CheckpointError, ExportError, GraphError, InputError, TaskzipError, TaskzipWarning
 from taskzip.export import export_executorch, export_graph, export_onnx
 from taskzip.inspection import inspect
 from taskzip.measuring import measure
@@ -23,6 +23,7 @@ __all__ = [
     "Retraining",
     "Task",
     "TaskzipError",
+    "TaskzipWarning",
     "Threshold",
     "ZippedModel",
     "__version__",

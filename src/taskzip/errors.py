@@ -14,6 +14,10 @@ class TaskzipError(Exception):
     """Base of all errors that taskzip raises on purpose; the command line prints it as one sentence."""
 
 
+class TaskzipWarning(UserWarning):
+    """What went on, and is likely not what was wanted."""
+
+
 class InputError(TaskzipError, ValueError):
     """Tasks, data or settings that cannot be used as given."""
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from taskzip.copying import check_kind, uncompiled
 from taskzip.errors import InputError
 from taskzip.flops import flops_per_sample
 from taskzip.graph import Structure, analyse
@@ -26,8 +27,8 @@ class Inspection(Structure):
         bytes: of parameters and buffers.
     """
 
-    flops: int
-    bytes: int
+    flops: int = 0
+    bytes: int = 0
 
     def __str__(self) -> str:
         return f"{super().__str__()}\n{self.flops:,} FLOPs per sample (a multiply-add is 2), {self.bytes:,} bytes"
@@ -45,9 +46,13 @@ def inspect(model: nn.Module, example_input: Any) -> Inspection:
         GraphError: torch.export cannot follow the network.
         InputError: the network fails on the example.
     """
+    check_kind(model, "")
+    model = uncompiled(model)
     with evaluating(model):
         found = analyse(model, example_input, call)
-    return Inspection(found.layers, found.spaces, found.axes, _flops(model, example_input), bytes_together(model))
+    return Inspection(
+        found.layers, found.spaces, found.axes, found.unreached, _flops(model, example_input), bytes_together(model)
+    )
 
 
 def _flops(model: nn.Module, example_input: Any) -> int:

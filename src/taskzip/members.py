@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,10 +11,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from taskzip.answers import Answers
+from taskzip.copying import copy_of, uncompiled
 from taskzip.errors import GraphError, InputError
 from taskzip.graph import Layer, Structure, analyse
 from taskzip.observation import MaxRows, Observer, evaluating, run_batch
-from taskzip.task import Batch, Task
+from taskzip.task import Batch, Task, has_numbers
 from taskzip.zipped.blocks import installed
 from taskzip.zipped.folding import fold, foldable
 
@@ -47,12 +47,14 @@ class Member:
         self.task = task
         self._check_parameters()
         self.samples = task.check_data()
-        self.network = copy.deepcopy(task.model).eval()
+        self.original = uncompiled(task.model)
+        self.network = copy_of(self.original).eval()
         batch = next(task.batches())
         answers = self._first_answers(batch)
         self.structure = self._analyse(batch)
         self.folded = foldable(self.network, self.structure.layers) if fold_batch_norm else []
-        self.original = self._fold(batch, answers) if self.folded else task.model
+        if self.folded:
+            self.original = self._fold(batch, answers)
         self._check_orders(batch, answers, seed)
         self.slots: Slots = {}
         self._orders: dict[int, np.ndarray] = {}  # per space, which of the original's units stands in each place
@@ -70,7 +72,7 @@ class Member:
         for name, tensor in self.task.model.state_dict(keep_vars=True).items():
             if nn.parameter.is_lazy(tensor):
                 raise InputError(f"task {self.task.name!r}: parameter {name!r} has no shape yet: run the network once.")
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if has_numbers(tensor) and not torch.isfinite(tensor.detach()).all():
                 raise InputError(
                     f"task {self.task.name!r}: {name!r} has NaN or infinite values: train or repair the network."
                 )
@@ -89,22 +91,25 @@ class Member:
         except GraphError as error:
             raise GraphError(f"{error} That is with its batch-norms folded: zip with batch_norm='private'.") from error
         if not self._agrees((), (), batch, answers):
+            self._check_steady(batch, answers)
             raise GraphError(
                 f"task {self.task.name!r}: with its batch-norms folded the network gives other outputs, so they do "
                 f"more than torch's own; zip with batch_norm='private'."
             )
-        return copy.deepcopy(self.network)
+        return copy_of(self.network)
 
     def _check_orders(self, batch: Batch, answers: Any, seed: int) -> None:
         """Re-order every space at random in a copy of the network: it must still give its own outputs.
 
         Raises:
             GraphError: it does not, naming the layer whose units were misread.
+            InputError: the network gives other outputs each time it runs, whatever the order.
         """
         rng = np.random.default_rng(seed)
         orders = [rng.permutation(len(space.units)) for space in self.structure.spaces]
         if self._agrees(orders, range(len(orders)), batch, answers):
             return
+        self._check_steady(batch, answers)
         for space in range(len(orders)):
             if not self._agrees(orders, [space], batch, answers):
                 layer = next((x.name for x in self.structure.layers if space in x.spaces), "an unnamed layer")
@@ -116,23 +121,37 @@ class Member:
             f"task {self.task.name!r}: re-ordering hidden units changes the outputs; please report the network."
         )
 
+    def _check_steady(self, batch: Batch, answers: Any) -> None:
+        """Whether the caller's network gives the same outputs when it runs once more."""
+        with evaluating(self.original):
+            again = run_batch(self.task, self.original, batch, 0)
+        if not _same(answers, again):
+            raise InputError(
+                f"task {self.task.name!r}: the network gives other outputs when it runs twice on one batch in eval "
+                f"mode: it draws random numbers (dropout that is always on, sampling) or keeps a state. Make it "
+                f"deterministic in eval mode, for zipping compares what it answers."
+            )
+
     def _agrees(self, orders: Sequence[np.ndarray], spaces: Sequence[int], batch: Batch, answers: Any) -> bool:
-        network = copy.deepcopy(self.network)
+        network = copy_of(self.network)
         for space in spaces:
             self.structure.reorder(network, space, orders[space])
         with evaluating(network):
             given = run_batch(self.task, network, batch, 0)
-        pairs = zip(pytree.tree_leaves(answers), pytree.tree_leaves(given), strict=True)
-        return all(_close(a, b) for a, b in pairs if isinstance(a, Tensor))
+        return _same(answers, given)
 
     def observer(self, max_rows: MaxRows, seed: int) -> Observer:
         """What reads layers of this task."""
         return Observer(self.task, self.network, self.original, self.samples, max_rows, seed, self.answers)
 
     def weights(self, layer: Layer) -> Tensor:
-        """All incoming weights of a layer as they are now, float64 [units, inputs * taps + 1], the bias last."""
+        """All incoming weights of a layer as they are now, [units, inputs * taps + 1], the bias last.
+
+        They are float64, or complex128 where they are complex.
+        """
         weight = self.network.get_parameter(layer.weight).detach().flatten(1)
-        whole = weight.new_zeros(len(weight), weight.shape[1] + 1, dtype=torch.float64)
+        dtype = torch.promote_types(weight.dtype, torch.float64)
+        whole = weight.new_zeros(len(weight), weight.shape[1] + 1, dtype=dtype)
         whole[:, :-1] = weight
         if layer.bias is not None:
             whole[:, -1] = self.network.get_parameter(layer.bias).detach()
@@ -188,11 +207,16 @@ class Member:
         return None if (rows == np.arange(layer.units)).all() else torch.from_numpy(rows)
 
 
+def _same(wanted: Any, given: Any) -> bool:
+    pairs = zip(pytree.tree_leaves(wanted), pytree.tree_leaves(given), strict=True)
+    return all(_close(a, b) for a, b in pairs if isinstance(a, Tensor))
+
+
 def _close(a: Tensor, b: Tensor) -> bool:
-    if not a.is_floating_point():
+    if not has_numbers(a):
         return bool((a == b).all())
     apart = a != b  # equal infinities are equal
     if not apart.any():
         return True
-    largest = a[a.isfinite()].abs().max() if a.isfinite().any() else a.new_zeros(())
-    return bool((a - b)[apart].abs().max() <= _ROUNDING.get(a.dtype, 5e-2) * largest)
+    largest = a[a.isfinite()].abs().max() if a.isfinite().any() else a.new_zeros(()).abs()
+    return bool((a - b)[apart].abs().max() <= _ROUNDING.get(a.abs().dtype, 5e-2) * largest)

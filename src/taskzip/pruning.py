@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
+from taskzip.copying import check_kind
 from taskzip.density import check_fractions, kept_counts, layer_costs, size
 from taskzip.errors import InputError
 from taskzip.graph import Layer
@@ -75,6 +76,7 @@ def prune(
     """
     if not isinstance(task, Task):
         raise InputError(f"prune takes a taskzip.Task, got {type(task).__name__}.")
+    check_kind(task.model, f"task {task.name!r}: ")
     settings = read_settings(
         [task.name],
         share=0.0,

@@ -89,7 +89,7 @@ class Task:
 
     def run(self, model: nn.Module, batch: Batch) -> Any:
         """Call `model` on a batch the way this task is called."""
-        return (self.forward or call)(model, batch)
+        return call(model, batch, self.forward)
 
     def targets(self, batch: Batch) -> Any:
         """The targets of a batch, or None where it has none."""
@@ -102,8 +102,7 @@ class Task:
         device = device_of(self.model)
         for batch in self.data:
             if samples_in(batch):
-                plain = dict(batch) if isinstance(batch, Mapping) else batch
-                yield pytree.tree_map_only(Tensor, lambda t: t.to(device), plain)
+                yield pytree.tree_map_only(Tensor, lambda t: t.to(device), plain(batch))
 
     def check_data(self) -> int:
         """Read the data once and return the number of samples.
@@ -119,7 +118,7 @@ class Task:
                     f"task {self.name!r}: batch {index} is a {type(batch).__name__} without a tensor of samples."
                 )
             samples += len(tensors[0])
-            if any(t.is_floating_point() and not torch.isfinite(t).all() for t in tensors):
+            if any(has_numbers(t) and not torch.isfinite(t).all() for t in tensors):
                 raise InputError(
                     f"task {self.name!r}: batch {index} of the calibration data has NaN or infinite values."
                 )
@@ -130,12 +129,26 @@ class Task:
         return samples
 
 
-def call(model: nn.Module, batch: Batch) -> Any:
-    """Call a network on a batch: a tensor, `(inputs, targets)` or a dict."""
-    if isinstance(batch, Mapping):
+def call(model: nn.Module, batch: Batch, forward: Callable[[nn.Module, Batch], Any] | None = None) -> Any:
+    """Call a network on a copy of a batch, for some write into their input: a tensor, `(inputs, targets)` or a dict.
+
+    Args:
+        model: the network.
+        batch: what it reads; it is not changed.
+        forward: `forward(model, batch)` if the network is called in another way.
+    """
+    batch = pytree.tree_map_only(Tensor, torch.clone, plain(batch))
+    if forward is not None:
+        return forward(model, batch)
+    if isinstance(batch, dict):
         return model(**batch)
     inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
     return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
+def plain(batch: Batch) -> Batch:
+    """A batch that torch can look into: a dict for any other mapping."""
+    return dict(batch) if isinstance(batch, Mapping) else batch
 
 
 def samples_in(batch: Batch) -> int:
@@ -147,6 +160,11 @@ def input_tensors(batch: Batch) -> list[Tensor]:
     """The tensors that go into the network, in order."""
     inputs = dict(batch) if isinstance(batch, Mapping) else batch[:1] if isinstance(batch, (tuple, list)) else batch
     return [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+
+
+def has_numbers(tensor: Tensor) -> bool:
+    """Whether a tensor holds floating-point numbers, real or complex."""
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from rich.console import Console
 from rich.progress import Progress
 
+from taskzip.copying import check_kind
 from taskzip.correspondence import JointLayers, Layers, correspond
 from taskzip.curves import Curve
-from taskzip.errors import InputError
+from taskzip.errors import InputError, TaskzipWarning
 from taskzip.flops import record_flops
 from taskzip.matching import Matching
 from taskzip.members import Member
@@ -23,7 +25,7 @@ from taskzip.retraining import Retraining
 from taskzip.search import search
 from taskzip.settings import Compensation, Norms, Residual, Settings, read_settings
 from taskzip.sparsity import Connections
-from taskzip.task import Task
+from taskzip.task import Task, has_numbers
 from taskzip.zipped import ZippedModel
 from taskzip.zipper import Zipper, layer_name
 
@@ -144,6 +146,9 @@ def zip_tasks(
         zipped = search(wanted, tasks, zip_with, seed=settings.seed, progress=progress)
     with seeded(settings.seed):
         record_flops(zipped, tasks)
+    for name, said in zipped.history.settings.get("unreached", {}).items():
+        if said:
+            warnings.warn(f"task {name!r}: {said}", TaskzipWarning, stacklevel=2)
     return zipped
 
 
@@ -166,6 +171,8 @@ def _zip_layers(tasks: Sequence[Task], settings: Settings, progress: bool) -> tu
         "folded": {m.task.name: m.folded for m in members},
         "connections": {m.task.name: m.connections() for m in members},
     }
+    if any(m.structure.unreached for m in members):
+        zipped.history.settings["unreached"] = {m.task.name: m.structure.unreached_in_words() for m in members}
     with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
         todo = bar.add_task("putting residual streams into order", total=len(layers))
         zipper = Zipper(members, layers, settings)
@@ -192,8 +199,10 @@ def _checked(tasks: Sequence[Task]) -> Sequence[Task]:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise InputError(f"two tasks are called {twice!r}: give each its own name.")
-    for what, of in (("dtype", lambda p: p.dtype), ("device", lambda p: p.device)):
-        found = [{of(p) for p in task.model.parameters() if p.is_floating_point()} for task in tasks]
+    for task in tasks:
+        check_kind(task.model, f"task {task.name!r}: ")
+    for what, of in (("dtype", lambda p: p.dtype.to_real()), ("device", lambda p: p.device)):
+        found = [{of(p) for p in task.model.parameters() if has_numbers(p)} for task in tasks]
         if any(each != found[0] for each in found) or len(found[0]) != 1:
             listed = "; ".join(
                 f"{n!r} has {', '.join(sorted(map(str, f))) or 'no parameters'}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import gc
 import re
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from taskzip.copying import copy_of
 from taskzip.errors import ExportError, InputError
 from taskzip.export.agreement import check, other_sizes
 from taskzip.export.batch_norms import keep_apart
@@ -79,7 +79,7 @@ def export_executorch(
     given = Example(example, list(networks), torch.device("cpu"))
     _check_batch(given, max_batch)
     if device_of(zipped).type != "cpu":  # XNNPACK's programs are made, and checked, where they run
-        networks = copy.deepcopy(networks)
+        networks = copy_of(networks)
         nn.ModuleList(networks.values()).cpu()
 
     def made(tasks: Sequence[str], example: Example, most: int | None, file: Path) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,11 +39,15 @@ class Reading:
         for node, name in c.names.items():
             self._readers.setdefault(name, []).extend(node.users)
 
-    def structure(self) -> Structure:
-        """The layers, the spaces, and the axes on which these lie."""
+    def structure(self, unreached: Sequence[str] = ()) -> Structure:
+        """The layers, the spaces, and the axes on which these lie.
+
+        Args:
+            unreached: the parameters that no call reached.
+        """
         spaces, space_of = self._spaces()
         layers = [self._layer(weight, space_of) for weight in self._uses]
-        return Structure(tuple(layers), spaces, self._axes)
+        return Structure(tuple(layers), spaces, self._axes, tuple(unreached))
 
     def _spaces(self) -> tuple[tuple[Space, ...], dict[int, int]]:
         """The classes of more than one unit that can move, numbered in the order of the layers that compute them."""
@@ -64,7 +68,7 @@ class Reading:
         first = uses[0]
         units, inputs, *kernel = shape_of(first.weight)
         columns = None if first.reads is None else self._units.roots(first.reads)
-        entangled = self._entangled(weight)
+        entangled = self._entangled(weight) or self._complex(uses)
         pinned = entangled or self._pinned(weight, space_of)
         return Layer(
             name=weight.removesuffix(".weight"),
@@ -97,6 +101,11 @@ class Reading:
                 if not any(reader is call.node for call in uses):
                     return f"its {'weight' if name == weight else 'bias'} is also read by {self._describe(reader)}"
         return ""
+
+    def _complex(self, uses: Sequence[Call]) -> str:
+        """Curvatures and least squares are of real numbers."""
+        nodes = [node for call in uses for node in (call.node, *call.node.all_input_nodes)]
+        return "complex numbers" if any(node.meta["val"].is_complex() for node in nodes) else ""
 
     def _pinned(self, weight: str, space_of: Mapping[int, int]) -> str:
         """Why none of the units of a layer can be paired with another network's, or ""."""

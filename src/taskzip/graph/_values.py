@@ -76,6 +76,12 @@ class Context:
         self.names: dict[Node, str] = {}
         self.constants: dict[Node, Tensor] = {}
 
+    def further(self) -> Context:
+        """For another call of the same network: units and tensors are the same, nodes and layers are its own."""
+        other = Context()
+        other.units, other.parameters = self.units, self.parameters
+        return other
+
     def add_parameter(self, node: Node, name: str) -> None:
         """A tensor of the network that may be re-ordered: new units along every axis; tied weights are one tensor."""
         self.names[node] = name

@@ -5,16 +5,19 @@ Nothing of the network is rewritten: the graph is for understanding only, execut
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from taskzip.copying import borrowing
 from taskzip.errors import GraphError, first_line, place_in_code
 from taskzip.graph._layers import Reading
 from taskzip.graph._nodes import none_of
+from taskzip.graph._reach import keep_what_may_be_read, read_names, state_of
 from taskzip.graph._rules import apply_rule
 from taskzip.graph._values import Context, Strands, Value, flat
 from taskzip.graph.structure import OUTPUT, Structure
@@ -45,14 +48,40 @@ def analyse(model: nn.Module, batch: Any, forward: Forward) -> Structure:
     Raises:
         GraphError: torch.export cannot follow the network; the message holds its reason and the line.
     """
-    program = _exported(model, batch, forward)
+    program = _exported(borrowing(model), batch, forward)
     names = _sources(program, model)
-    return Reading(_read(program, names), {name for name, _ in model.named_parameters()}).structure()
+    c = _read(Context(), program, names)
+    reached = read_names(program, names)
+    if unreached := [name for name in state_of(model) if name not in reached]:
+        unreached = _followed_in_training(c, model, batch, forward, unreached)
+        keep_what_may_be_read(c, model, unreached)
+    return Reading(c, {name for name, _ in model.named_parameters()}).structure(unreached)
+
+
+def _followed_in_training(
+    c: Context, model: nn.Module, batch: Any, forward: Forward, unreached: Sequence[str]
+) -> list[str]:
+    """Learn from the network in training mode what parts read that only train, such as auxiliary heads.
+
+    Returns:
+        What is not reached in training either.
+    """
+    try:
+        program = _exported(borrowing(model).train(), batch, forward)
+    except GraphError:  # there is no need that it can be trained on this batch, nor that this can be followed
+        return list(unreached)
+    names = _sources(program, model)
+    left = [name for name in unreached if name not in read_names(program, names)]
+    if len(left) < len(unreached):
+        _read(c.further(), program, names)
+    return left
 
 
 def _exported(model: nn.Module, batch: Any, forward: Forward) -> Any:
+    """What torch.export makes of a network; features that this keeps are left behind as fakes."""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The tensor attributes? .* assigned during export", UserWarning)
             return torch.export.export(_Called(model, forward), (batch,), strict=False)
     except Exception as error:  # torch.export raises whatever the network raises, and a dozen classes of its own
         raise GraphError(
@@ -79,9 +108,8 @@ def _sources(program: Any, model: nn.Module) -> dict[str, str]:
     return {place: names[name] for place, name in known.items() if name in names}
 
 
-def _read(program: Any, names: dict[str, str]) -> Context:
+def _read(c: Context, program: Any, names: dict[str, str]) -> Context:
     """Walk the graph in the order of execution and collect what it says of units."""
-    c = Context()
     constants = program.graph_signature.inputs_to_lifted_tensor_constants
     for node in program.graph.nodes:
         if node.op == "placeholder" and node.name in names:

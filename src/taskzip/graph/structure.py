@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from taskzip.graph._reach import UNREACHED
 from taskzip.graph._units import Ids
 
 _WIDTH = 100  # columns of the printed table
@@ -101,11 +102,13 @@ class Structure:
 
     Attributes:
         axes: per parameter or buffer, per axis, the unit of each index or None.
+        unreached: the parameters and buffers that no call of the network reached.
     """
 
     layers: tuple[Layer, ...]
     spaces: tuple[Space, ...]
     axes: dict[str, tuple[Ids | None, ...]] = field(repr=False)
+    unreached: tuple[str, ...] = ()
 
     def layer(self, name: str) -> Layer:
         """The layer of that name."""
@@ -150,6 +153,17 @@ class Structure:
         if free < layer.units:
             said.append(f"{layer.units - free} fixed")
         return ", ".join(["yes", *said])
+
+    def unreached_in_words(self) -> str:
+        """What no call reached, which layers stay as they are for that, and the way out; "" if all was reached."""
+        if not self.unreached:
+            return ""
+        kept = [layer.name for layer in self.layers if layer.pinned.endswith(UNREACHED)]
+        stays = f", and {', '.join(kept)} cannot be shared, for their units may be read there" if kept else ""
+        return (
+            f"no call reaches {', '.join(self.unreached)}{stays}. Call every part in `forward(model, batch)`, or "
+            f"remove those that are not needed: parts outside the call are not followed."
+        )
 
     def __str__(self) -> str:
         rows = [("layer", "kind", "units", "reads", "space", "shareable")]

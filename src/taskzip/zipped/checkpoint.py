@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import re
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from taskzip.copying import borrowing, uncompiled
 from taskzip.errors import CheckpointError
 from taskzip.zipped.blocks import Blocks, BlocksSpec, install, installed, original_class, spec_of
 from taskzip.zipped.folding import can_fold, forget_batch_norms
@@ -101,7 +101,7 @@ def _build(
         )
     joint = {}
     for name, structure in about["tasks"].items():
-        network = _borrowed(networks[name])
+        network = borrowing(uncompiled(networks[name]))  # `_fill` replaces all tensors
         if all(can_fold(network, layer, norm) for layer, norm in structure["folded"]):
             forget_batch_norms(network, structure["folded"])
         _check_fit(path, name, network, structure)
@@ -204,12 +204,6 @@ def _shapes(network: nn.Module) -> dict[str, list[int]]:
 
 def _shape(shape: list[int] | None) -> str:
     return "absent" if shape is None else "x".join(map(str, shape)) or "a scalar"
-
-
-def _borrowed(network: nn.Module) -> nn.Module:
-    """A copy of a network whose tensors are borrowed until `_fill` replaces them all."""
-    kept = {id(tensor): tensor for tensor in network.state_dict(keep_vars=True).values()}
-    return copy.deepcopy(network, kept)
 
 
 def _skeleton(network: nn.Module, structure: Mapping[str, Any]) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from taskzip.calls import as_call, by_task
+from taskzip.copying import copy_of
 from taskzip.errors import InputError
 from taskzip.zipped.blocks import densify, installed
 from taskzip.zipped.joint import run_jointly
@@ -78,6 +78,12 @@ class ZippedModel(nn.Module):
             raise KeyError(f"no task {name!r} in this network: it has {', '.join(self.tasks)}")
         return self.tasks[name]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ZippedModel:
+        """Its networks may hold tensors with a gradient history."""
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__setstate__(copy_of(self.__getstate__(), memo))
+        return made
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.tasks)
 
@@ -109,7 +115,7 @@ class ZippedModel(nn.Module):
 
         Its hidden units lie in the order that zipping gave them; its outputs are those of `zipped[name]`.
         """
-        network = copy.deepcopy(self[name])
+        network = copy_of(self[name])
         densify(network)
         return network
 
