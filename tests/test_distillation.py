@@ -128,7 +128,7 @@ def test_outputs_of_other_forms_are_refused() -> None:
 
 @pytest.mark.parametrize("teach", ["classes", True, None, 1.5])
 def test_what_cannot_be_taught(teach: Any) -> None:
-    with pytest.raises(tz.InputError, match="teach=.* is not known: choose 'auto', 'values', 'binary', the axis"):
+    with pytest.raises(tz.InputError, match=r"teach=.* is not known: choose 'auto', 'values', 'binary', the axis"):
         task(teach=teach)
 
 

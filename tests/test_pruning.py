@@ -356,7 +356,7 @@ def test_the_given_network_is_untouched() -> None:
 @pytest.mark.parametrize("make, x", [(mlp, vectors), (cnn, images)])
 def test_retraining_learns_and_keeps_the_zeros(make: Any, x: Any, loss: Any) -> None:
     net, x = make(), x()
-    each = task(net, x)
+    each = tz.Task("one", net, [(x, torch.arange(len(x)) % 3)])  # watched on itself
     pruned = tz.prune(each, keep=0.3, progress=False)
     retrained = tz.prune(each, keep=0.3, retrain=tz.Retraining(20, loss=loss), progress=False)
     for name, w in matrices(pruned).items():
