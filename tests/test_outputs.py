@@ -79,6 +79,7 @@ def test_models_are_zipped_and_retrained(packing: str, pooled: bool, loss: Any) 
     zipped = tz.zip(tasks, share=1.0, progress=False)
     assert any(record.shared for record in zipped.history.layers)
 
+    @torch.no_grad()
     def far() -> float:
         pairs = [
             (zipped[t](**b).logits if packing != "dict" else zipped[t](**b)["logits"], b) for t in "ab" for b in data
@@ -92,8 +93,8 @@ def test_models_are_zipped_and_retrained(packing: str, pooled: bool, loss: Any) 
         )
 
     before = far()
-    tz.retrain(zipped, tasks, steps=40, loss=loss, step_size=1e-2, progress=False)
-    assert far() < 0.9 * before
+    tz.retrain(zipped, tasks, steps=40, loss=loss, step_size=3e-2, progress=False)
+    assert far() < (0.97 if loss == "labels" else 0.8) * before
     record = zipped.history.later[-1]
     said = f"class probabilities along axis {1 if pooled else 2} of logits"
     assert record["teaches"] == ({} if loss == "labels" else {"a": said, "b": said})

@@ -362,7 +362,7 @@ def test_retraining_learns_and_keeps_the_zeros(make: Any, x: Any, loss: Any) -> 
     for name, w in matrices(pruned).items():
         assert torch.equal(w != 0, matrices(retrained)[name] != 0)
         assert not torch.equal(w, matrices(retrained)[name])
-    targets = each.data.targets
+    ((_, targets),) = each.data
     of = {"labels": lambda y: F.cross_entropy(y, targets), "distill": lambda y: distillation_loss(each, y, net(x))}
     assert of[loss](retrained(x)) < of[loss](pruned(x))
 
