@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import taskzip as tz
 from taskzip.curvature import damped
 from taskzip.datasets import batches
+from taskzip.distillation import distillation_loss
 from taskzip.factored import Factored
-from taskzip.retraining import distillation_loss
 from taskzip.surgeon import ROUND, removal_costs
 
 DOUBLE = torch.float64
@@ -356,13 +356,13 @@ def test_the_given_network_is_untouched() -> None:
 @pytest.mark.parametrize("make, x", [(mlp, vectors), (cnn, images)])
 def test_retraining_learns_and_keeps_the_zeros(make: Any, x: Any, loss: Any) -> None:
     net, x = make(), x()
-    each = task(net, x)
+    each = tz.Task("one", net, [(x, torch.arange(len(x)) % 3)])  # watched on itself
     pruned = tz.prune(each, keep=0.3, progress=False)
     retrained = tz.prune(each, keep=0.3, retrain=tz.Retraining(20, loss=loss), progress=False)
     for name, w in matrices(pruned).items():
         assert torch.equal(w != 0, matrices(retrained)[name] != 0)
         assert not torch.equal(w, matrices(retrained)[name])
-    targets = each.data.targets
+    ((_, targets),) = each.data
     of = {"labels": lambda y: F.cross_entropy(y, targets), "distill": lambda y: distillation_loss(each, y, net(x))}
     assert of[loss](retrained(x)) < of[loss](pruned(x))
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import taskzip as tz
-from taskzip.retraining import distillation_loss, relative_adam
+from taskzip.course import relative_adam
+from taskzip.distillation import distillation_loss
 
 
 def net(seed: int) -> nn.Module:
@@ -151,5 +152,5 @@ def test_a_cross_entropy_module_teaches_probabilities() -> None:
     assert losses[0] == losses[1]
     shifted = taught + 5.0  # the same probabilities
     torch.testing.assert_close(
-        distillation_loss(tz.Task("r", nn.Linear(2, 2), [torch.zeros(1, 2)]), output, shifted), losses[0]
+        distillation_loss(tz.Task("r", nn.Linear(2, 2), [torch.zeros(1, 2)], teach=1), output, shifted), losses[0]
     )

@@ -454,7 +454,7 @@ def test_an_output_without_classes_needs_a_metric() -> None:
             self.net = net
 
         def forward(self, x: Tensor) -> dict[str, Tensor]:
-            return {"logits": self.net(x)}
+            return {"logits": self.net(x), "more_logits": x}
 
     tasks = [tz.Task(t.name, Wrapped(t.model), t.data) for t in PAIR]
     with pytest.raises(tz.InputError, match=r"task 'a': batch 0 .* gives no tensor with classes along axis 1"):

@@ -7,11 +7,12 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taskzip.errors import InputError
+from taskzip.labels import class_axis, is_cross_entropy
 from taskzip.observation import evaluating, run_batch
+from taskzip.outputs import answers
 from taskzip.plan import MaxDrop, Metric
 from taskzip.task import Task, input_tensors
 
@@ -44,7 +45,7 @@ class Judge:
         """
         self._task = replace(task, data=wanted.data[task.name])
         self._metric: Metric | None = wanted.metric_of(task.name) or task.metric
-        if self._metric is None and not _is_cross_entropy(task):
+        if self._metric is None and not is_cross_entropy(task):
             raise InputError(
                 f"task {task.name!r}: its loss is not cross-entropy, so that accuracy says nothing: give it a metric."
             )
@@ -98,11 +99,14 @@ class Judge:
 
     def _accuracy(self, output: Any, targets: Any, index: int) -> Values:
         """Right answers in percent; targets that the loss ignores do not count."""
-        if not isinstance(output, Tensor) or output.dim() < 2:
-            raise self._error(index, "gives no tensor with classes along axis 1: give the task a metric")
-        targets = targets.argmax(1) if targets.is_floating_point() else targets
+        found = answers(output)
+        name, scores = next(iter(found.items())) if len(found) == 1 else ("", torch.empty(0))
+        axis = class_axis(scores, targets, name)
+        if axis is None:
+            raise self._error(index, "gives no tensor with classes along axis 1 or the last: give the task a metric")
+        targets = targets.argmax(axis) if targets.is_floating_point() else targets
         counted = targets != getattr(self._task.loss, "ignore_index", -100)
-        right = (output.argmax(1) == targets) & counted
+        right = (scores.argmax(axis) == targets) & counted
         weights, hits = (each.reshape(len(targets), -1).sum(1, dtype=torch.float64) for each in (counted, right))
         return Values(100 * hits / weights.clamp_min(1), weights)
 
@@ -126,7 +130,3 @@ def judges(tasks: Sequence[Task], wanted: MaxDrop) -> dict[str, Judge]:
     if missing:
         raise InputError(f"MaxDrop: no held-out data for task {missing[0]!r}.")
     return {task.name: Judge(task, wanted) for task in tasks}
-
-
-def _is_cross_entropy(task: Task) -> bool:
-    return task.loss is F.cross_entropy or isinstance(task.loss, nn.CrossEntropyLoss)

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from taskzip.answers import Answers
 from taskzip.copying import copy_of, uncompiled
@@ -19,6 +18,7 @@ from taskzip.errors import GraphError, InputError, TaskzipWarning
 from taskzip.graph import Layer, Structure, analyse
 from taskzip.observation import MaxRows, Observer, evaluating, run_batch
 from taskzip.orders import Order, misread
+from taskzip.outputs import tensors
 from taskzip.sparsity import pruned_layers
 from taskzip.task import Batch, Task, has_numbers
 from taskzip.zipped.blocks import installed
@@ -86,7 +86,12 @@ class Member:
     def _first_answers(self, batch: Batch) -> Any:
         with evaluating(self.network):
             answers = run_batch(self.task, self.network, batch, 0)
-        if any(isinstance(y, Tensor) and y.isnan().any() for y in pytree.tree_leaves(answers)):
+        if not tensors(answers):
+            raise InputError(
+                f"task {self.task.name!r}: its output, a {type(answers).__name__}, holds no tensor: return "
+                f"tensors, a dict, a tuple or a dataclass of them, or pick them by Task(forward=...)."
+            )
+        if any(y.isnan().any() for y in tensors(answers)):
             raise InputError(f"task {self.task.name!r}: the network's own outputs are NaN on the first batch.")
         return answers
 
@@ -324,8 +329,7 @@ class Member:
 
 
 def _same(wanted: Any, given: Any) -> bool:
-    pairs = zip(pytree.tree_leaves(wanted), pytree.tree_leaves(given), strict=True)
-    return all(_close(a, b) for a, b in pairs if isinstance(a, Tensor))
+    return all(_close(a, b) for a, b in zip(tensors(wanted), tensors(given), strict=True))
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

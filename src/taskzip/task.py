@@ -6,10 +6,9 @@ import keyword
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -29,22 +28,31 @@ class Task:
         data: a re-iterable of batches (a list, a `DataLoader`), each a tensor of inputs, a pair `(inputs, targets)`
             whose inputs may be a tuple of tensors, or a dict for `model(**batch)`. The first axis of every tensor is
             the sample.
-        loss: `loss(output, targets)`, a mean over the batch; needed only to retrain with labels.
+        loss: `loss(output, targets)`, a mean over the batch; read only to retrain. Torch's own losses get the tensor
+            that is the answer where the output holds more (`.logits` of Hugging Face's models), all others the output
+            as it is. Default: the loss that the network returns by itself where the batch has labels, else
+            cross-entropy, of classes along the axis that the targets tell.
         metric: `metric(output, targets)` of a batch, higher is better: a number, or a tensor with one value per sample;
             read by `MaxDrop` only.
         forward: `forward(model, batch)` if the network is called in another way than the forms of `data` say. Parts
             that it does not call are not followed: hidden units may lie in another order for other methods.
+        teach: what the network teaches where `loss="distill"`: the axis of its output along which class scores lie (1
+            as in torch, -1 of sequences), "binary" for answers of yes or no each by itself (logits), "values" for
+            anything else, or a function `loss(output, taught)` of both networks' outputs. By default ("auto") classes
+            where the targets number them, where `loss` is cross-entropy or where the output is called logits; "binary"
+            where `loss` is torch's for that; else values, which is right whatever they mean.
 
     Raises:
-        InputError: a name or model that cannot be used, or data that can be read only once.
+        InputError: a name, model or `teach` that cannot be used, or data that can be read only once.
     """
 
     name: str
     model: nn.Module
     data: Iterable[Batch]
-    loss: Callable[[Any, Any], Tensor] = F.cross_entropy
+    loss: Callable[[Any, Any], Tensor] | None = None
     metric: Callable[[Any, Any], Any] | None = None
     forward: Callable[[nn.Module, Batch], Any] | None = None
+    teach: Literal["auto", "values", "binary"] | int | Callable[[Any, Any], Tensor] = "auto"
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.name):
@@ -70,6 +78,14 @@ class Task:
             raise InputError(
                 f"task {self.name!r}: data is a {type(self.data).__name__}, which can be read only once, and zipping "
                 f"reads it once per layer: pass list(...) or a DataLoader."
+            )
+        if self.loss is not None and not callable(self.loss):
+            raise InputError(f"task {self.name!r}: loss={self.loss!r} must be a function of output and targets.")
+        axis = isinstance(self.teach, int) and not isinstance(self.teach, bool)
+        if self.teach not in ("auto", "values", "binary") and not axis and not callable(self.teach):
+            raise InputError(
+                f"task {self.name!r}: teach={self.teach!r} is not known: choose 'auto', 'values', 'binary', the axis "
+                f"of the classes, or a function of both outputs."
             )
 
     def run(self, model: nn.Module, batch: Batch) -> Any:

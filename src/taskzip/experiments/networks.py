@@ -42,7 +42,7 @@ ITERATIONS: dict[Kind, int] = {"lenet300": 10_500, "lenet5": 11_000}
 KEEP: dict[Kind, float] = {"lenet300": 0.07, "lenet5": 0.07}
 """Share of the weights that pruning leaves."""
 
-PRUNED_RETRAINING = Retraining(1000, loss="distill")
+PRUNED_RETRAINING = Retraining(1000, loss="distill", step_size=1e-2)
 PRUNING_BATCH = 128
 
 BATCH = 64

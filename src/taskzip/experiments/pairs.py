@@ -12,7 +12,7 @@ from torch import nn
 import taskzip as tz
 from taskzip.datasets import batches
 from taskzip.experiments.networks import READ, Data, Dataset, error_of
-from taskzip.retraining import Loss, Retraining
+from taskzip.retraining import Loss
 
 IMAGES = 4_000
 """For calibration, drawn at random from the 60,000 training images."""
@@ -55,7 +55,7 @@ class Pair:
         seed: int,
         *,
         batch: int = 128,
-        step_size: float = Retraining.step_size,
+        step_size: float = 1e-2,
     ) -> tz.ZippedModel:
         """A copy, retrained lightly on all training images, so many of each task in one step."""
         zipped = copy.deepcopy(zipped)

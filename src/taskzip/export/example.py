@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from taskzip.calls import Call, as_call, by_task
 from taskzip.errors import InputError
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional and keyword arguments."""
 
 
 class Example:
@@ -31,7 +29,7 @@ class Example:
 
     def __init__(self, example: Any, tasks: Sequence[str], device: torch.device) -> None:
         self._tasks, self._device = tasks, device
-        self._examples = _by_task(example, tasks)
+        self._examples = by_task(example, tasks)
         self._names: dict[str, list[str]] = {}
         self.tensors: dict[str, Tensor] = {}
         self.batches: dict[str, str] = {}
@@ -65,11 +63,7 @@ class Example:
             names = [name for name, _ in _named(self._examples[whose], whose)]
             leaves, form = pytree.tree_flatten(self._examples[whose])
             values = [tensors[n].clone() if n in tensors else leaf for n, leaf in zip(names, leaves, strict=True)]
-            given = pytree.tree_unflatten(values, form)
-            if isinstance(given, dict):
-                found[task] = ((), given)
-            else:
-                found[task] = (tuple(given) if isinstance(given, (tuple, list)) else (given,), {})
+            found[task] = as_call(pytree.tree_unflatten(values, form))
         return found
 
     def only(self, task: str) -> Example:
@@ -89,23 +83,6 @@ class Example:
             chosen = torch.arange(samples, device=tensor.device) % len(tensor) if name in self.batches else None
             found[name] = tensor if chosen is None else tensor[chosen]
         return found
-
-
-def _by_task(example: Any, tasks: Sequence[str]) -> dict[str, Any]:
-    """The example of each task, or of all under "": a dict whose keys are task names is by task."""
-    if not isinstance(example, Mapping) or not set(example) & set(tasks):
-        return {"": _plain(example)}
-    if not set(example) >= set(tasks):
-        raise InputError(
-            f"example has inputs for {', '.join(map(str, example))}, but the tasks are {', '.join(tasks)}: give one "
-            f"input for each task, or one for all of them."
-        )
-    return {task: _plain(example[task]) for task in tasks}
-
-
-def _plain(example: Any) -> Any:
-    """A dict for what only behaves like one."""
-    return dict(example) if isinstance(example, Mapping) else example
 
 
 def _named(example: Any, task: str) -> Iterator[tuple[str, Any]]:

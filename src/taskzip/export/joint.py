@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from taskzip.calls import Call
 from taskzip.errors import ExportError, InputError, first_line, place_in_code
-from taskzip.export.example import Call, Example
+from taskzip.export.example import Example
 from taskzip.export.outputs import named_tensors
 from taskzip.export.quiet import quietly, without_graph
 from taskzip.zipped import ZippedModel

@@ -22,12 +22,13 @@ from taskzip.graph._rules import apply_rule
 from taskzip.graph._scales import note_scale
 from taskzip.graph._values import Context, Strands, Value, flat
 from taskzip.graph.structure import OUTPUT, Structure
+from taskzip.outputs import tensors
 
 Forward = Callable[[nn.Module, Any], Any]
 
 
 class _Called(nn.Module):
-    """The network as the task calls it, one argument in, whatever it returns out."""
+    """The network as the task calls it, one argument in, the tensors that it returns out."""
 
     def __init__(self, model: nn.Module, forward: Forward) -> None:
         super().__init__()
@@ -35,7 +36,7 @@ class _Called(nn.Module):
         self._forward = forward
 
     def forward(self, batch: Any) -> Any:
-        return self._forward(self.model, batch)
+        return tensors(self._forward(self.model, batch))  # torch.export does not know every class of outputs
 
 
 def analyse(model: nn.Module, batch: Any, forward: Forward) -> Structure:

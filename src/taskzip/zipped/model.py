@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from taskzip.calls import as_call, by_task
 from taskzip.copying import copy_of
 from taskzip.errors import InputError
 from taskzip.zipped.blocks import densify, installed
@@ -100,7 +101,11 @@ class ZippedModel(nn.Module):
         return len(self.tasks)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Every task's output for the same input. Networks that take different inputs are called one by one.
+        """Every task's output for the same input, or for one input each.
+
+        A dict with the names of the tasks for keys has the input of each, as `export_onnx` takes it: a tensor, a tuple
+        of positional arguments, or a dict of keyword arguments. All other arguments go to every network as they are.
+        Networks that write into their input get copies.
 
         In eval mode, what the tasks have in common is computed once: from the input on, for as long as layers are fully
         shared; and the shared units of all layers, where the networks were zipped with `cross=False`, without
@@ -108,9 +113,12 @@ class ZippedModel(nn.Module):
         task by task. Gradients run through it once, for all tasks together: call `backward` on the sum of the losses.
 
         Raises:
-            InputError: networks that write into their input in a way that leaves no other means than one by one.
+            InputError: a dict by task that leaves tasks out.
         """
-        return run_jointly(self.tasks, args, kwargs)
+        inputs = by_task(args[0], list(self.tasks), "zipped(...)") if len(args) == 1 and not kwargs else {"": None}
+        if "" in inputs:
+            return run_jointly(self.tasks, dict.fromkeys(self.tasks, (args, kwargs)))
+        return run_jointly(self.tasks, {name: as_call(each) for name, each in inputs.items()})
 
     def materialize(self, name: str) -> nn.Module:
         """A plain copy of one task's network: the original classes with dense weights, which needs no taskzip to run.
