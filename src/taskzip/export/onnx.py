@@ -20,6 +20,7 @@ from taskzip.export.quiet import quietly
 from taskzip.export.selections import move_selections
 from taskzip.export.splitting import split_layers
 from taskzip.export.target import Unwritten, on_disk, writable, writing
+from taskzip.export.turning import turn_weights
 from taskzip.observation import evaluating
 from taskzip.task import device_of
 from taskzip.zipped import ZippedModel
@@ -167,6 +168,7 @@ def _unite(model: Any, by_block: bool, apart: bool) -> None:
         passes.ClearMetadataAndDocStringPass(),
     ):
         each(model)
+    turn_weights(model)
 
 
 def _straighten(model: Any) -> None:
