@@ -136,7 +136,7 @@ class Transformer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         layers = [nn.TransformerEncoderLayer(128, 4, 512, batch_first=True) for _ in range(4)]
-        self.layers, self.out = nn.Sequential(*layers), nn.Linear(128, 10)
+        self.layers, self.out = nn.Sequential(nn.Linear(16, 128), *layers), nn.Linear(128, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         """Class scores: [samples, 10]."""
@@ -146,7 +146,7 @@ class Transformer(nn.Module):
 def times() -> None:
     """Print how long files of both tasks take, and how large they are, relative to two files of floats."""
     print("| networks | share | weights | form | bytes | ms | of two | of two in floats |\n" + "|---" * 8 + "|")
-    for called, make, shape in (("LeNet-5", LeNet5, (1, 28, 28)), ("transformer", Transformer, (32, 128))):
+    for called, make, shape in (("LeNet-5", LeNet5, (1, 28, 28)), ("transformer", Transformer, (32, 16))):
         nets = {}
         for seed, name in enumerate(READ):
             torch.manual_seed(seed)
