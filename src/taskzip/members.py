@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from taskzip.answers import Answers
 from taskzip.copying import copy_of, uncompiled

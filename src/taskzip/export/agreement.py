@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from taskzip.errors import ExportError, TaskzipError
-from taskzip.export.example import Example
+from taskzip.export.example import Example, Sizes
 from taskzip.export.joint import outputs
 
 TOLERANCE = 1e-4
@@ -29,34 +29,40 @@ def other_sizes(example: Example, largest: int | None = None) -> list[int]:
 def check(
     networks: Mapping[str, nn.Module],
     example: Example,
-    sizes: Iterable[int],
+    sizes: Iterable[int | Sizes],
     run: Callable[[dict[str, Tensor]], Mapping[str, Tensor]],
 ) -> None:
-    """Run what was exported on the example, and on batches of other sizes, and compare.
+    """Run what was exported on the example, and on what has other sizes, and compare.
 
     Args:
         networks: by task.
         example: of what they read.
-        sizes: of batches, besides the example's own.
+        sizes: of batches or axes, besides the example's own.
         run: gives the outputs of what was exported, by name, from the tensors of the example by name.
 
     Raises:
         ExportError: another type or shape, or a difference of more than `TOLERANCE`.
     """
-    for samples in (None, *sizes):
-        tensors = example.tensors if samples is None else example.resized(samples)
+    for other in (None, *sizes):
+        tensors = example.tensors if other is None else example.resized(other)
         try:
             wanted = _by_name(networks, example, tensors)
         except TaskzipError:
-            if samples is None:
+            if other is None:
                 raise
             continue  # what PyTorch itself does not take, or answers with NaN, is nothing to compare with
         try:
             _compare(wanted, run(tensors), partial(_by_name, networks, example, tensors))
         except TaskzipError as error:
-            if samples is None:
+            if other is None:
                 raise
-            raise ExportError(f"with batches of {samples}: {str(error).rstrip('.')}") from error
+            raise ExportError(f"with {_described(other)}: {str(error).rstrip('.')}") from error
+
+
+def _described(sizes: int | Sizes) -> str:
+    if isinstance(sizes, int):
+        return f"batches of {sizes}"
+    return " and ".join(f"{size} along axis {i} of {name}" for name, each in sizes.items() for i, size in each.items())
 
 
 def _by_name(networks: Mapping[str, nn.Module], example: Example, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,11 +13,15 @@ from torch.utils import _pytree as pytree
 from taskzip.calls import Call, as_call, by_task
 from taskzip.errors import InputError
 
+Sizes = Mapping[str, Mapping[int, int]]
+"""By the name of a tensor and the axis."""
+
 
 class Example:
     """An example of what the tasks read, on the given device, in the usual order of memory.
 
     Attributes:
+        given: what each task reads, or all of them under "".
         tensors: by name: "input", "input.0" of a tuple, or the keyword; with one input for each task "input.task",
             "input.task.0" and "input.task.keyword"; and so on for tensors inside of an argument.
         batches: the name of the first axis of those tensors in which it is the batch.
@@ -29,12 +33,12 @@ class Example:
 
     def __init__(self, example: Any, tasks: Sequence[str], device: torch.device) -> None:
         self._tasks, self._device = tasks, device
-        self._examples = by_task(example, tasks)
+        self.given = by_task(example, tasks)
         self._names: dict[str, list[str]] = {}
         self.tensors: dict[str, Tensor] = {}
         self.batches: dict[str, str] = {}
         self.samples = 0
-        for task, each in self._examples.items():
+        for task, each in self.given.items():
             given = {name: value for name, value in _named(each, task) if isinstance(value, Tensor)}
             usual = torch.contiguous_format  # also of one channel, where others may count as contiguous too
             tensors = {name: value.to(device).clone(memory_format=usual) for name, value in given.items()}
@@ -59,16 +63,16 @@ class Example:
         """
         found: dict[str, Call] = {}
         for task in self._tasks:
-            whose = task if task in self._examples else ""
-            names = [name for name, _ in _named(self._examples[whose], whose)]
-            leaves, form = pytree.tree_flatten(self._examples[whose])
+            whose = task if task in self.given else ""
+            names = [name for name, _ in _named(self.given[whose], whose)]
+            leaves, form = pytree.tree_flatten(self.given[whose])
             values = [tensors[n].clone() if n in tensors else leaf for n, leaf in zip(names, leaves, strict=True)]
             found[task] = as_call(pytree.tree_unflatten(values, form))
         return found
 
     def only(self, task: str) -> Example:
         """The example of one task by itself."""
-        alone = self._examples[""] if "" in self._examples else {task: self._examples[task]}
+        alone = self.given[""] if "" in self.given else {task: self.given[task]}
         return Example(alone, [task], self._device)
 
     def read_by(self, tasks: Collection[str]) -> list[str]:
@@ -76,12 +80,23 @@ class Example:
         read = {name for task in tasks for name in self._names.get(task) or self._names[""]}
         return [name for name in self.tensors if name in read]
 
-    def resized(self, samples: int) -> dict[str, Tensor]:
-        """The tensors, with so many samples in the batch: those of the example over and over again."""
-        found = {}
-        for name, tensor in self.tensors.items():
-            chosen = torch.arange(samples, device=tensor.device) % len(tensor) if name in self.batches else None
-            found[name] = tensor if chosen is None else tensor[chosen]
+    def names(self, task: str) -> list[str]:
+        """Of the tensors that are given for a task, or for all under ""."""
+        return self._names[task]
+
+    def resized(self, sizes: int | Sizes) -> dict[str, Tensor]:
+        """The tensors, of other sizes along some axes: what is there, over and over again.
+
+        Args:
+            sizes: of axes, or how many samples are in the batch.
+        """
+        if isinstance(sizes, int):
+            sizes = {name: {0: sizes} for name in self.batches}
+        found = dict(self.tensors)
+        for name, axes in sizes.items():
+            for axis, size in axes.items():
+                chosen = torch.arange(size, device=found[name].device) % found[name].shape[axis]
+                found[name] = found[name].index_select(axis, chosen)
         return found
 
 
@@ -90,7 +105,7 @@ def _named(example: Any, task: str) -> Iterator[tuple[str, Any]]:
     start = ["input", task] if task else [] if isinstance(example, dict) else ["input"]
     found: set[str] = set()
     for path, value in pytree.tree_flatten_with_path(example)[0]:
-        name = ".".join([*start, *map(_key, path)])
+        name = ".".join([*start, *(str(_key(key)) for key in path)])
         if name in found:
             raise InputError(f"example: {name} would be the name of two tensors: rename a key.")
         found.add(name)
@@ -99,6 +114,12 @@ def _named(example: Any, task: str) -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def _key(key: Any) -> str:
+def parts(value: Any) -> dict[Any, Any]:
+    """What is directly inside of a list, a dict or a named tuple; nothing in other values."""
+    found = pytree.tree_flatten_with_path(value, is_leaf=lambda each: each is not value)[0]
+    return {_key(path[0]): part for path, part in found if path}
+
+
+def _key(key: Any) -> Any:
     """Of a list, a dict or a named tuple."""
-    return str(next(getattr(key, each) for each in ("idx", "key", "name") if hasattr(key, each)))
+    return next(getattr(key, each) for each in ("idx", "key", "name") if hasattr(key, each))

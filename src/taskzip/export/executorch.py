@@ -20,6 +20,7 @@ from taskzip.export.agreement import check, other_sizes
 from taskzip.export.batch_norms import keep_apart
 from taskzip.export.blockwise import give_own_weights, join_weights, split_layers
 from taskzip.export.delegation import lowered
+from taskzip.export.dynamic import Axes, batch_axes, chosen_axes, described, one_by_one, other_shapes
 from taskzip.export.example import Example
 from taskzip.export.failures import explained, reason
 from taskzip.export.graphs import JointGraph
@@ -44,6 +45,7 @@ def export_executorch(
     tasks: Sequence[str] | None = None,
     max_batch: int | None = None,
     partly_shared: Literal["blocks", "weights"] = "blocks",
+    dynamic_shapes: Any = None,
 ) -> dict[str, str]:
     """Write a joint network to one ExecuTorch file for XNNPACK, and check that its methods give the same outputs.
 
@@ -63,6 +65,8 @@ def export_executorch(
             that of the first tensor. Default: batches of the example's size only.
         partly_shared: a layer of which only some units are shared is computed from its "blocks", each of which is in
             the file once; or from "weights" of its own for each task, which runs faster and makes a larger file.
+        dynamic_shapes: in place of `max_batch`, which axes may have other sizes than in the example: in its form, with
+            what `torch.export.export` takes for each tensor, {1: Dim("length", min=2, max=512)}; every `Dim` has a max.
 
     Returns:
         The name of each task's method.
@@ -78,34 +82,38 @@ def export_executorch(
     target = writable(path)
     given = Example(example, list(networks), torch.device("cpu"))
     _check_batch(given, max_batch)
+    axes, by_batch = _axes(given, max_batch, dynamic_shapes), dynamic_shapes is None
     if device_of(zipped).type != "cpu":  # XNNPACK's programs are made, and checked, where they run
         networks = copy_of(networks)
         nn.ModuleList(networks.values()).cpu()
 
-    def made(tasks: Sequence[str], example: Example, most: int | None, file: Path) -> dict[str, str]:
+    def made(tasks: Sequence[str], example: Example, axes: Axes, file: Path) -> dict[str, str]:
         some, methods = {task: networks[task] for task in tasks}, _methods(tasks)
-        program = _lowered(_exported(some, called, methods, example, most, partly_shared))
+        joint, tensors = traced(some, example, axes)
+        largest = max_batch if by_batch and axes else None
+        sizes = other_sizes(example, largest) if largest else other_shapes(joint, list(tensors))
+        program = _lowered(_exported(joint, tensors, called, methods, example, axes, partly_shared))
         with on_disk(path), file.open("wb") as opened:
             program.write_to_file(opened)
-        del program
+        del program, joint
         gc.collect()  # it refers to itself, and holds several copies of all weights
         for method, run_by in _tasks_of(methods).items():
             run = _runner(file, method, example.read_by(run_by), [name for task in run_by for name in called[task]])
-            check({task: networks[task] for task in run_by}, example, other_sizes(example, most) if most else [], run)
+            check({task: networks[task] for task in run_by}, example, sizes, run)
         return methods
 
     with evaluating(*networks.values()), quietly(), writing(path, target) as part:
         called = output_names(networks, given)
 
-        def alone(task: str, dynamic: bool) -> None:
-            made([task], given.only(task), max_batch if dynamic else None, part)
+        def alone(task: str, axes: Axes) -> None:
+            made([task], given.only(task), axes, part)
 
         try:
-            return made(list(networks), given, max_batch, part)
+            return made(list(networks), given, axes, part)
         except Unwritten:
             raise
         except Exception as error:  # torch and ExecuTorch raise a dozen classes of their own
-            raise explained(error, networks, alone, max_batch is not None, "leave max_batch away") from error
+            raise explained(error, networks, alone, axes, "leave max_batch away" if by_batch else None) from error
 
 
 def _check_installed() -> None:
@@ -133,6 +141,21 @@ def _check_batch(example: Example, max_batch: int | None) -> None:
         raise InputError(f"example has {example.samples} samples, more than max_batch={max_batch}.")
 
 
+def _axes(example: Example, max_batch: int | None, dynamic_shapes: Any) -> Axes:
+    if dynamic_shapes is None:
+        return batch_axes(example, 1, max_batch) if max_batch else {}
+    if max_batch is not None:
+        raise InputError("dynamic_shapes takes the place of max_batch: give one of them.")
+    axes = chosen_axes(example, dynamic_shapes)
+    for dim in one_by_one(axes):
+        if not all(isinstance(getattr(each, "max", None), int) for dims in dim.values() for each in dims.values()):
+            raise InputError(
+                f"dynamic_shapes gives no largest size for {described(dim)}, and ExecuTorch sets memory aside for it: "
+                f"give Dim(..., max=...)."
+            )
+    return axes
+
+
 def _methods(tasks: Sequence[str]) -> dict[str, str]:
     """The name of each task's method: names of tasks are of letters, digits, "_" and "-", and never "forward"."""
     found = {task: task for task in tasks if task.isidentifier()}
@@ -151,16 +174,16 @@ def _tasks_of(methods: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def _exported(
-    networks: dict[str, nn.Module],
+    joint: ExportedProgram,
+    tensors: Mapping[str, Tensor],
     names: Mapping[str, Sequence[str]],
     methods: Mapping[str, str],
     example: Example,
-    max_batch: int | None,
+    axes: Axes,
     form: str,
 ) -> dict[str, ExportedProgram]:
     """A program for each method: parts of one graph, so that what they have in common is the same in all of them."""
-    joint, tensors, shapes = traced(networks, example, (1, max_batch) if max_batch else None)
-    graph = JointGraph(joint, list(tensors), [name for task in networks for name in names[task]])
+    graph = JointGraph(joint, list(tensors), [name for task in methods for name in names[task]])
     if form == "blocks":
         split_layers(graph, PIECE)
     else:
@@ -174,7 +197,7 @@ def _exported(
         programs[method] = torch.export.export(
             part,
             tuple(tensors[name] for name in inputs),
-            dynamic_shapes=tuple(shapes[name] for name in inputs),
+            dynamic_shapes=tuple(axes.get(name) for name in inputs),
             strict=False,
         )
     return programs

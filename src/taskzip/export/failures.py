@@ -9,6 +9,7 @@ from torch import nn
 from torch.fx import Node
 
 from taskzip.errors import ExportError, first_line, line_in_code, place_in_code
+from taskzip.export.dynamic import Axes, described, one_by_one
 from taskzip.export.target import Unwritten
 
 
@@ -19,11 +20,21 @@ def reason(error: BaseException) -> str:
     *_, innermost = _chain(error)
     # torch.onnx wraps what went wrong in advice on how to extend it.
     told = first_line(innermost if isinstance(error, torch.onnx.OnnxExporterError) else error)
-    guard = re.search(r"^Constraints violated.*?^ *- (.+?)$", str(error), re.DOTALL | re.MULTILINE)
-    if guard:
-        told = f"it works for some sizes of batch only ({guard[1].strip()})"
+    told = _sizes(str(error)) or told
     told = re.split(r"[.!;]? (?:For more information|Failure message|See the stack trace|\(https?://)", told)[0]
     return told if len(told) <= 300 else f"{told[:300]} ..."
+
+
+def _sizes(message: str) -> str:
+    """For which sizes a network works, where torch says so; else ""."""
+    guard = re.search(r"^Constraints violated.*?^ *- (.+?)\.?(?: If you're .*)?$", message, re.DOTALL | re.MULTILINE)
+    if not guard:
+        return ""
+    fixes = re.search(r"^Suggested fixes:\n((?:  .+\n)+)", message, re.MULTILINE)
+    told = "; ".join(line.strip() for line in fixes[1].splitlines()) if fixes else guard[1]
+    for dim, source in set(re.findall(r"(\w+) = (L\[\S+\.size\(\)\[\d+\])", told)):
+        told = told.replace(f"{dim} = {source}", dim).replace(source, dim)
+    return f"it works for some sizes only ({told})"
 
 
 def place(error: BaseException) -> str:
@@ -41,32 +52,48 @@ def place(error: BaseException) -> str:
 def explained(
     error: Exception,
     networks: Mapping[str, nn.Module],
-    alone: Callable[[str, bool], object],
-    dynamic: bool,
-    way_out: str,
+    alone: Callable[[str, Axes], object],
+    axes: Axes,
+    way_out: str | None,
 ) -> ExportError:
     """Which task it is that cannot be exported: the first one that cannot by itself.
 
     Args:
         error: of exporting all of them.
         networks: by task.
-        alone: exports one task, with batches of any size or not.
-        dynamic: whether the batches were to be of any size.
-        way_out: how to ask for one size of batch.
+        alone: exports one task, with axes of any size.
+        axes: which were to be of any size.
+        way_out: how to ask for one size of batch; None where the user chose the axes.
     """
     for name, network in networks.items():
-        found = _refusal(alone, name, dynamic)
-        if found is not None:
-            why = f"task {name!r} cannot be exported: {type(network).__name__}: {reason(found)}{place(found)}."
-            if dynamic and _refusal(alone, name, False) is None:
-                why += f" For the example's size of batch alone it can: {way_out}."
-            return ExportError(why)
+        found, advice = _refusal(alone, name, axes), ""
+        if found is None:
+            continue
+        if axes and _refusal(alone, name, {}) is None:
+            advice = f" For the example's size of batch alone it can: {way_out}."
+            if way_out is None:
+                which, found = _blamed(alone, name, axes, found)
+                advice = (
+                    f" For the example's size it can: leave {described(which)} out of dynamic_shapes, or give its Dim "
+                    f"the min and max between which every size works."
+                )
+        why = f"task {name!r} cannot be exported: {type(network).__name__}: {reason(found)}{place(found)}."
+        return ExportError(why + advice)
     return ExportError(f"the tasks cannot be exported together, though each can alone: {reason(error)}.")
 
 
-def _refusal(alone: Callable[[str, bool], object], name: str, dynamic: bool) -> Exception | None:
+def _blamed(alone: Callable[[str, Axes], object], name: str, axes: Axes, error: Exception) -> tuple[Axes, Exception]:
+    """The first dimension that cannot change by itself, and what is said then; all of them where each can."""
+    for dim in one_by_one(axes):
+        found = _refusal(alone, name, dim)
+        if found is not None:
+            return dim, found
+    return axes, error
+
+
+def _refusal(alone: Callable[[str, Axes], object], name: str, axes: Axes) -> Exception | None:
     try:
-        alone(name, dynamic)
+        alone(name, axes)
     except Unwritten:
         return None
     except Exception as error:  # torch raises whatever the network raises, and a dozen classes of its own

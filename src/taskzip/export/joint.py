@@ -6,10 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 
 from taskzip.calls import Call
 from taskzip.errors import ExportError, InputError, first_line, place_in_code
+from taskzip.export.dynamic import Axes, traceable
 from taskzip.export.example import Example
 from taskzip.export.outputs import named_tensors
 from taskzip.export.quiet import quietly, without_graph
@@ -63,32 +64,23 @@ class Joint(nn.Module):
         return [tensor for name, network in each for _, tensor in _run(network, calls[name], name)]
 
 
-def traced(
-    networks: dict[str, nn.Module], example: Example, batch: tuple[int, int | None] | None
-) -> tuple[ExportedProgram, dict[str, Tensor], dict[str, dict[int, Dim] | None]]:
+def traced(networks: dict[str, nn.Module], example: Example, axes: Axes) -> tuple[ExportedProgram, dict[str, Tensor]]:
     """All tasks as one program of torch, with a list of the example's tensors for its input.
 
     Args:
         networks: by task.
         example: of what they read.
-        batch: the least and the largest size of batches, or None for those of the example's size only.
+        axes: of the tensors that may have other sizes than in the example.
 
     Returns:
-        The program, the tensors from which it was made, and which of their axes are of any size, by name.
+        The program, and the tensors from which it was made.
     """
-    if batch is None:
-        tensors, axes = example.tensors, {}
-    else:
-        tensors = example.resized(2)  # torch.export takes a size of 1 for one that never changes
-        least, most = batch
-        axes = {name: Dim(name, min=least, max=most) for name in set(example.batches.values())}
-    found = {name: example.batches.get(name) for name in tensors}
-    shapes = {name: {0: axes[axis]} if axis in axes else None for name, axis in found.items()}
+    axes = {name: each for name, each in axes.items() if name in example.tensors}
+    tensors = traceable(example, axes)
     joint = Joint(networks, example)
-    given = (list(tensors.values()),)
+    given, shapes = (list(tensors.values()),), ([axes.get(name) for name in tensors],)
     with quietly(), without_graph():
-        program = torch.export.export(joint, given, dynamic_shapes=(list(shapes.values()),), strict=False)
-    return program, tensors, shapes
+        return torch.export.export(joint, given, dynamic_shapes=shapes, strict=False), tensors
 
 
 def _run(network: nn.Module, call: Call, name: str) -> Iterator[tuple[str, Tensor]]:

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
 
 from taskzip.errors import ExportError
 from taskzip.export.agreement import check, other_sizes
+from taskzip.export.dynamic import Axes, axes_of, other_shapes
 from taskzip.export.example import Example
 from taskzip.export.failures import explained, reason
 from taskzip.export.joint import chosen, output_names, traced
@@ -20,6 +22,7 @@ from taskzip.export.quiet import quietly
 from taskzip.export.selections import move_selections
 from taskzip.export.splitting import split_layers
 from taskzip.export.target import Unwritten, on_disk, writable, writing
+from taskzip.export.turning import turn_weights
 from taskzip.observation import evaluating
 from taskzip.task import device_of
 from taskzip.zipped import ZippedModel
@@ -36,6 +39,7 @@ def export_onnx(
     tasks: Sequence[str] | None = None,
     dynamic_batch: bool = True,
     by_block: bool = False,
+    dynamic_shapes: Any = None,
 ) -> None:
     """Write a joint network to one ONNX file, and check with ONNX Runtime that it gives the same outputs.
 
@@ -57,6 +61,8 @@ def export_onnx(
         by_block: whether layers that are shared in part are computed block by block. ONNX Runtime puts weights
             together from their blocks when it loads the file, which leaves it with a copy for every task; then it does
             not, and quantisers find the blocks too, but runs are slower (docs/device.md).
+        dynamic_shapes: in place of `dynamic_batch`, which axes may have other sizes than in the example: in its form,
+            with what `torch.export.export` takes for each tensor, {0: Dim("batch"), 1: Dim("length", max=512)}.
 
     Raises:
         InputError: no joint network, tasks that it does not have, or an example that does not fit.
@@ -67,29 +73,32 @@ def export_onnx(
     networks = chosen(zipped, tasks)
     target = writable(path)
     given = Example(example, list(networks), device_of(zipped))
+    axes, by_batch = axes_of(given, dynamic_batch, dynamic_shapes), dynamic_shapes is None
     _check_size(networks, path)
 
-    def made(tasks: Sequence[str], example: Example, dynamic: bool, file: Path) -> None:
+    def made(tasks: Sequence[str], example: Example, axes: Axes, file: Path) -> None:
         some = {task: networks[task] for task in tasks}
         names = [name for task in tasks for name in called[task]]
-        model = _model(some, example, names, dynamic, by_block)
+        program, tensors = traced(some, example, axes)
+        sizes = other_sizes(example) if by_batch and axes else other_shapes(program, list(tensors))
+        model = _model(program, example, names, axes, by_block, _computed_apart(some))
         with on_disk(path):
             _write(model, file)
-        del model  # which holds all weights
-        check(some, example, other_sizes(example) if dynamic else [], _runner(file, some))
+        del model, program  # which hold all weights
+        check(some, example, sizes, _runner(file, some))
 
     with evaluating(*networks.values()), quietly(), writing(path, target) as part:
         called = output_names(networks, given)
 
-        def alone(task: str, dynamic: bool) -> None:
-            made([task], given.only(task), dynamic, part)
+        def alone(task: str, axes: Axes) -> None:
+            made([task], given.only(task), axes, part)
 
         try:
-            made(list(networks), given, dynamic_batch, part)
+            made(list(networks), given, axes, part)
         except Unwritten:
             raise
         except Exception as error:  # torch raises whatever the network raises, and a dozen classes of its own
-            raise explained(error, networks, alone, dynamic_batch, "dynamic_batch=False") from error
+            raise explained(error, networks, alone, axes, "dynamic_batch=False" if by_batch else None) from error
 
 
 def _check_installed() -> None:
@@ -113,13 +122,17 @@ def _check_size(networks: dict[str, nn.Module], path: str | Path) -> None:
         )
 
 
+def _computed_apart(networks: dict[str, nn.Module]) -> bool:
+    """Whether units of some layer are computed group by group."""
+    return any(spec_of(b).apart for network in networks.values() for b in installed(network).values())
+
+
 def _model(
-    networks: dict[str, nn.Module], example: Example, names: list[str], dynamic_batch: bool, by_block: bool
+    exported: ExportedProgram, example: Example, names: list[str], axes: Axes, by_block: bool, apart: bool
 ) -> Any:
     """The graph of all tasks, in which equal parts are one."""
     import torch.onnx
 
-    exported, *_ = traced(networks, example, (0, None) if dynamic_batch else None)
     program = torch.onnx.export(
         exported,
         input_names=list(example.tensors),
@@ -132,10 +145,9 @@ def _model(
     )
     assert program is not None
     model = program.model
-    apart = any(spec_of(b).apart for network in networks.values() for b in installed(network).values())
     _unite(model, by_block, apart)
     _name(model, list(example.tensors), names)
-    _name_batches(model, example.batches)
+    _name_axes(model, axes)
     return model
 
 
@@ -167,6 +179,7 @@ def _unite(model: Any, by_block: bool, apart: bool) -> None:
         passes.ClearMetadataAndDocStringPass(),
     ):
         each(model)
+    turn_weights(model)
 
 
 def _straighten(model: Any) -> None:
@@ -193,12 +206,16 @@ def _name(model: Any, inputs: list[str], outputs: list[str]) -> None:
     passes.NameFixPass()(model)
 
 
-def _name_batches(model: Any, batches: dict[str, str]) -> None:
+def _name_axes(model: Any, axes: Axes) -> None:
     """Call the axes of any length by their names, where the exporter has numbers for them."""
     import onnx_ir
 
-    found = {value.name: value.shape[0] for value in model.graph.inputs if value.name in batches}
-    names = {dim.value: batches[name] for name, dim in found.items() if isinstance(dim, onnx_ir.SymbolicDim)}
+    names = {}
+    for value in model.graph.inputs:
+        for axis, dim in axes.get(value.name, {}).items():
+            size = value.shape[axis]
+            if isinstance(size, onnx_ir.SymbolicDim) and isinstance(dim, Dim) and (size.value or "").isidentifier():
+                names[size.value] = dim.__name__
     for shape in (value.shape for value in (*model.graph.inputs, *model.graph.outputs) if value.shape is not None):
         for i, dim in enumerate(shape):
             if isinstance(dim, onnx_ir.SymbolicDim) and dim.value is not None:  # which may be "2*s77"

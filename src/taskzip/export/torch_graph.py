@@ -14,6 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from taskzip.export.agreement import check, other_sizes
 from taskzip.export.blockwise import LAYERS, join_weights, split_layers
+from taskzip.export.dynamic import Axes, axes_of, other_shapes
 from taskzip.export.example import Example
 from taskzip.export.failures import explained
 from taskzip.export.graphs import JointGraph, arguments, aten
@@ -37,6 +38,7 @@ def export_graph(
     tasks: Sequence[str] | None = None,
     dynamic_batch: bool = True,
     partly_shared: Literal["blocks", "weights"] = "blocks",
+    dynamic_shapes: Any = None,
 ) -> GraphModule:
     """A joint network as one graph in PyTorch, in which what the tasks have in common is computed once.
 
@@ -57,6 +59,8 @@ def export_graph(
         partly_shared: a layer of which only some units are shared is computed from "blocks", or puts its weight
             together from them in every call where it is small; or it has "weights" of its own for each task, which is
             faster and takes more memory.
+        dynamic_shapes: in place of `dynamic_batch`, which axes may have other sizes than in the example: in its form,
+            with what `torch.export.export` takes for each tensor, {0: Dim("batch"), 1: Dim("length", max=512)}.
 
     Returns:
         A module whose arguments are the tensors of the example, in its order, called "input", "input_0" or as the
@@ -71,11 +75,13 @@ def export_graph(
     check_form(partly_shared)
     networks = chosen(zipped, tasks)
     given = Example(example, list(networks), device_of(zipped))
+    axes, by_batch = axes_of(given, dynamic_batch, dynamic_shapes), dynamic_shapes is None
 
-    def made(tasks: Sequence[str], example: Example, dynamic: bool) -> GraphModule:
+    def made(tasks: Sequence[str], example: Example, axes: Axes) -> GraphModule:
         some = {task: networks[task] for task in tasks}
         names = [name for task in tasks for name in called[task]]
-        program, tensors, _ = traced(some, example, (0, None) if dynamic else None)
+        program, tensors = traced(some, example, axes)
+        sizes = other_sizes(example) if by_batch and axes else other_shapes(program, list(tensors))
         joint = JointGraph(program, list(tensors), names)
         if partly_shared == "weights":
             join_weights(joint)
@@ -83,18 +89,18 @@ def export_graph(
             split_layers(joint, math.inf, _LARGE)
         graph = _with_names(joint.part(list(tensors), names), list(tensors), names)
         with torch.no_grad():
-            check(some, example, other_sizes(example) if dynamic else [], lambda tensors: graph(*tensors.values()))
+            check(some, example, sizes, lambda tensors: graph(*tensors.values()))
         return graph
 
-    def alone(task: str, dynamic: bool) -> None:
-        made([task], given.only(task), dynamic)
+    def alone(task: str, axes: Axes) -> None:
+        made([task], given.only(task), axes)
 
     with evaluating(*networks.values()), quietly():
         called = output_names(networks, given)
         try:
-            return made(list(networks), given, dynamic_batch)
+            return made(list(networks), given, axes)
         except Exception as error:  # torch raises whatever the network raises, and a dozen classes of its own
-            raise explained(error, networks, alone, dynamic_batch, "dynamic_batch=False") from error
+            raise explained(error, networks, alone, axes, "dynamic_batch=False" if by_batch else None) from error
 
 
 def _with_names(module: GraphModule, inputs: Sequence[str], outputs: Sequence[str]) -> GraphModule:
