@@ -182,9 +182,7 @@ def zip_twin(
         cross: whether shared units keep weights from private ones; without, both networks have biases everywhere.
     """
     original = [Network.of(model) for model in models]
-    if compensate:
-        for network, x in zip(original, data, strict=True):
-            _equalise(network, x)
+    sizes = [_equalise(network, x) if compensate else [] for network, x in zip(original, data, strict=True)]
     result = Result([network.copy() for network in original])
     zipped = result.networks
     alphas = (balance, 1 - balance)
@@ -219,6 +217,8 @@ def zip_twin(
                     layers[t].matrix[unit] = merged[i, j][t]
                 if compensate:
                     _match_spread(layers, (i, j), x, z, alpha, bias)
+            if compensate:
+                _balance(zipped, number, pairs, sizes)
             _arrange(zipped, number, pairs)
             shared_before, changed = len(pairs), True
             continue
@@ -251,17 +251,20 @@ def zip_twin(
                 layers[t].matrix[unit, own[t]] -= np.linalg.inv(whole[t][at:, at:]) @ whole[t][at:, :at] @ change
             if compensate:
                 _match_spread(layers, (i, j), x, z, alpha, bias)
+        if compensate:
+            _balance(zipped, number, pairs, sizes)
         _arrange(zipped, number, pairs)
         shared_before = len(pairs)
         changed = changed or len(pairs) > 0
     raise AssertionError("a network without layers")
 
 
-def _equalise(network: Network, data: np.ndarray) -> None:
+def _equalise(network: Network, data: np.ndarray) -> list[np.ndarray]:
     """Scale hidden units so that each is as large as what it gives to its readers, relative to the spread of these.
 
-    ReLU and pooling commute with it: the next layer's weights are divided by the scale.
+    ReLU and pooling commute with it: the next layer's weights are divided by the scale. Returns the spreads by layer.
     """
+    sizes: list[np.ndarray] = []
     for number in reversed(range(len(network.layers) - 1)):
         layer, reader = network.layers[number], network.layers[number + 1]
         run = reader.columns // layer.units
@@ -272,6 +275,21 @@ def _equalise(network: Network, data: np.ndarray) -> None:
         scale /= np.sqrt(np.mean(spread**2 * scale**2))
         layer.matrix *= scale[:, None]
         reader.matrix[:, :-1] /= scale.repeat(run)
+        sizes.insert(0, spread * scale)
+    return sizes
+
+
+def _balance(
+    networks: Sequence[Network], number: int, pairs: Sequence[tuple[int, int]], sizes: Sequence[Sequence[np.ndarray]]
+) -> None:
+    """Halve the logarithms of the spreads of units; those of a pair are scaled alike."""
+    size = [np.log(np.maximum(each[number], 1e-3)) for each in sizes]
+    for i, j in pairs:
+        size[0][i] = size[1][j] = (size[0][i] + size[1][j]) / 2
+    for network, each in zip(networks, size, strict=True):
+        layer, reader = network.layers[number], network.layers[number + 1]
+        layer.matrix = layer.matrix * np.exp(-each / 2)[:, None]
+        reader.matrix[:, :-1] *= np.exp(each / 2).repeat(reader.columns // layer.units)
 
 
 def _least_squares(x: np.ndarray, z: np.ndarray, layer: Layer, ridge: float) -> np.ndarray:

@@ -7,7 +7,7 @@ differences and ridges are not the same; units that happen to be large would rul
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from torch import nn
@@ -19,8 +19,8 @@ _LEAST = 1e-3
 """Units are scaled by no less than this, relative to the root mean square over their space."""
 
 
-def equalise(network: nn.Module, structure: Structure, moments: Mapping[str, Moments]) -> bool:
-    """Scale every unit whose scale is free, in place; whether there was any.
+def equalise(network: nn.Module, structure: Structure, moments: Mapping[str, Moments]) -> dict[int, np.ndarray]:
+    """Scale every unit whose scale is free, in place.
 
     A unit becomes as large as it matters: its spread is what it gives to the layers that read it, relative to the
     spread of these, and the mean of its square is 1 over the units of a space.
@@ -29,6 +29,9 @@ def equalise(network: nn.Module, structure: Structure, moments: Mapping[str, Mom
         network: computes the same afterwards.
         structure: of the network.
         moments: per layer, mean and variance of its answers.
+
+    Returns:
+        Per space whose units were scaled, their spreads.
     """
     sizes = _Sizes(network, structure, moments)
     variances = {space: sizes.variance(space) for space, free in enumerate(structure.scales.free) if free}
@@ -41,7 +44,23 @@ def equalise(network: nn.Module, structure: Structure, moments: Mapping[str, Mom
         scales[space] = scale / np.sqrt(np.mean(variances[space] * scale**2))
     for space, scale in scales.items():
         structure.rescale(network, space, scale)
-    return bool(scales)
+    return {space: np.sqrt(variances[space]) * scale for space, scale in scales.items()}
+
+
+def balance(sizes: Sequence[np.ndarray], slots: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """By how much to scale units once nothing is compared with them any more.
+
+    A unit of spread s becomes one of spread s^1/2, read with s^1/2 times the weights, as trained networks have it: that
+    is what quantisers expect. Units of several tasks in one slot are scaled alike, by their mean.
+
+    Args:
+        sizes: per task, the spread of each unit.
+        slots: per task, the slot of each unit.
+    """
+    everywhere = np.concatenate(list(slots))
+    logarithms = np.log(np.maximum(np.concatenate(list(sizes)), _LEAST))
+    total = np.bincount(everywhere, logarithms) / np.maximum(np.bincount(everywhere), 1)
+    return [np.exp(-total[each] / 2) for each in slots]
 
 
 def _floored(squares: np.ndarray) -> np.ndarray:
