@@ -49,7 +49,14 @@ DOUBLE = torch.float64
 def test_agrees_with_the_literal_twin(case: Case, matching: str, compensate: bool, share: float) -> None:
     models, data, sizes = case()
     batches = [list(each.split(size)) for each, size in zip(data, sizes, strict=True)]
-    options = {"share": share, "matching": matching, "compensate": compensate, "balance": 0.3, "cross": False}
+    options = {
+        "share": share,
+        "matching": matching,
+        "compensate": compensate,
+        "balance": 0.3,
+        "cross": False,
+        "ridge": 0.1,
+    }
     zipped = run_zip(models, batches, **options)
     twin = zip_twin(models, [each.numpy() for each in data], **options)
     for record, turn in zip(zipped.history.layers, twin.turns, strict=False):
@@ -67,7 +74,7 @@ def test_many_inputs_for_few_samples() -> None:
         nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 17**2, 5), nn.ReLU(), nn.Linear(5, 2)
     ).to(DOUBLE)
     models, data = [make(), make()], [torch.randn(20, 1, 19, 19, dtype=DOUBLE) for _ in "ab"]
-    options = {"share": 0.5, "matching": "greedy", "compensate": True, "cross": False}
+    options = {"share": 0.5, "matching": "greedy", "compensate": True, "cross": False, "ridge": 0.1}
     zipped = run_zip(models, [[each] for each in data], **options)
     twin = zip_twin(models, [each.numpy() for each in data], **options)
     assert [r.cost for r in zipped.history.layers[:2]] == pytest.approx([turn.cost for turn in twin.turns], rel=1e-5)

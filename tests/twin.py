@@ -182,7 +182,7 @@ def zip_twin(
         cross: whether shared units keep weights from private ones; without, both networks have biases everywhere.
     """
     original = [Network.of(model) for model in models]
-    sizes = [_equalise(network, x) if compensate else [] for network, x in zip(original, data, strict=True)]
+    matters = [_equalise(network, x) if compensate else [] for network, x in zip(original, data, strict=True)]
     result = Result([network.copy() for network in original])
     zipped = result.networks
     alphas = (balance, 1 - balance)
@@ -207,8 +207,9 @@ def zip_twin(
                 curvature = alpha[t] / len(data[t]) * sum(np.outer(row, row) for row in x[t])
                 h.append(curvature + damping * np.mean(np.diag(curvature)) * np.eye(len(curvature)))
             d, merged = _cut_pairs([layer.matrix for layer in layers], h, [np.append(s, -1) for s in shared])
+            weighted = d * np.outer(matters[0][number], matters[1][number]) if compensate else d
             pairs = {"greedy": _greedy, "optimal": _optimal}[matching](
-                d, round(share * min(layers[0].units, layers[1].units))
+                weighted, round(share * min(layers[0].units, layers[1].units))
             )
             pairs.sort()
             result.turns.append(Turn(d, pairs))
@@ -218,7 +219,7 @@ def zip_twin(
                 if compensate:
                     _match_spread(layers, (i, j), x, z, alpha, bias)
             if compensate:
-                _balance(zipped, number, pairs, sizes)
+                _balance(zipped, number, pairs, matters)
             _arrange(zipped, number, pairs)
             shared_before, changed = len(pairs), True
             continue
@@ -235,7 +236,8 @@ def zip_twin(
 
         d = _differences(w, h, bias)
         count = round(share * min(layers[0].units, layers[1].units))
-        pairs = {"greedy": _greedy, "optimal": _optimal}[matching](d, count)
+        weighted = d * np.outer(matters[0][number], matters[1][number]) if compensate else d
+        pairs = {"greedy": _greedy, "optimal": _optimal}[matching](weighted, count)
         if threshold is not None:
             pairs = [(i, j) for i, j in pairs if d[i, j] <= threshold]
         pairs.sort()
@@ -252,7 +254,7 @@ def zip_twin(
             if compensate:
                 _match_spread(layers, (i, j), x, z, alpha, bias)
         if compensate:
-            _balance(zipped, number, pairs, sizes)
+            _balance(zipped, number, pairs, matters)
         _arrange(zipped, number, pairs)
         shared_before = len(pairs)
         changed = changed or len(pairs) > 0
@@ -260,36 +262,38 @@ def zip_twin(
 
 
 def _equalise(network: Network, data: np.ndarray) -> list[np.ndarray]:
-    """Scale hidden units so that each is as large as what it gives to its readers, relative to the spread of these.
+    """Scale hidden units to spread 1: ReLU and pooling commute with it, the next layer's weights are divided by it.
 
-    ReLU and pooling commute with it: the next layer's weights are divided by the scale. Returns the spreads by layer.
+    Returns per layer how much each unit matters: the weights with which it is read, relative to the spread of what reads
+    it, the latter with spread 1 too where it is hidden.
     """
-    sizes: list[np.ndarray] = []
-    for number in reversed(range(len(network.layers) - 1)):
-        layer, reader = network.layers[number], network.layers[number + 1]
+    layers = network.layers
+    spreads = [(network.rows(number, data) @ layer.matrix.T).std(0) for number, layer in enumerate(layers)]
+    for number, (layer, reader) in enumerate(zip(layers, layers[1:], strict=False)):
+        layer.matrix /= spreads[number][:, None]
+        reader.matrix[:, :-1] *= spreads[number].repeat(reader.columns // layer.units)
+    importance = []
+    for number, (layer, reader) in enumerate(zip(layers, layers[1:], strict=False)):
         run = reader.columns // layer.units
-        given = network.rows(number + 1, data) @ reader.matrix.T
-        matters = [np.sqrt((reader.matrix[:, k * run : (k + 1) * run] ** 2).sum()) for k in range(layer.units)]
-        spread = (network.rows(number, data) @ layer.matrix.T).std(0)
-        scale = np.array(matters) / np.sqrt(given.var(0).sum())
-        scale /= np.sqrt(np.mean(spread**2 * scale**2))
-        layer.matrix *= scale[:, None]
-        reader.matrix[:, :-1] /= scale.repeat(run)
-        sizes.insert(0, spread * scale)
-    return sizes
+        read = [np.sqrt((reader.matrix[:, k * run : (k + 1) * run] ** 2).sum()) for k in range(layer.units)]
+        importance.append(np.array(read) / np.sqrt(np.mean(np.square(read))))
+    return importance
 
 
 def _balance(
-    networks: Sequence[Network], number: int, pairs: Sequence[tuple[int, int]], sizes: Sequence[Sequence[np.ndarray]]
+    networks: Sequence[Network],
+    number: int,
+    pairs: Sequence[tuple[int, int]],
+    importance: Sequence[Sequence[np.ndarray]],
 ) -> None:
-    """Halve the logarithms of the spreads of units; those of a pair are scaled alike."""
-    size = [np.log(np.maximum(each[number], 1e-3)) for each in sizes]
+    """Scale units by the root of how much they matter; those of a pair alike."""
+    size = [np.log(each[number]) for each in importance]
     for i, j in pairs:
         size[0][i] = size[1][j] = (size[0][i] + size[1][j]) / 2
     for network, each in zip(networks, size, strict=True):
         layer, reader = network.layers[number], network.layers[number + 1]
-        layer.matrix = layer.matrix * np.exp(-each / 2)[:, None]
-        reader.matrix[:, :-1] *= np.exp(each / 2).repeat(reader.columns // layer.units)
+        layer.matrix = layer.matrix * np.exp(each / 2)[:, None]
+        reader.matrix[:, :-1] *= np.exp(-each / 2).repeat(reader.columns // layer.units)
 
 
 def _least_squares(x: np.ndarray, z: np.ndarray, layer: Layer, ridge: float) -> np.ndarray:

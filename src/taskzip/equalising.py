@@ -20,47 +20,45 @@ _LEAST = 1e-3
 
 
 def equalise(network: nn.Module, structure: Structure, moments: Mapping[str, Moments]) -> dict[int, np.ndarray]:
-    """Scale every unit whose scale is free, in place.
+    """Give every unit whose scale is free the spread 1, in place.
 
-    A unit becomes as large as it matters: its spread is what it gives to the layers that read it, relative to the
-    spread of these, and the mean of its square is 1 over the units of a space.
+    The spread is that of what the unit's layer answers, or batch-norm right behind it; of a residual stream's unit, the
+    root of the summed variances of all layers that write into it.
 
     Args:
         network: computes the same afterwards.
         structure: of the network.
-        moments: per layer, mean and variance of its answers.
+        moments: per layer, mean and variance of its answers; what has none (complex numbers) is left out.
 
     Returns:
-        Per space whose units were scaled, their spreads.
+        Per space whose units were scaled, how much each of them matters: what it gives to the layers that read it,
+        relative to the spread of these, with a root mean square of 1 over the units.
     """
     sizes = _Sizes(network, structure, moments)
     variances = {space: sizes.variance(space) for space, free in enumerate(structure.scales.free) if free}
-    variances = {space: variance for space, variance in variances.items() if variance.any()}
-    # A stream is read by layers that are read by the stream: these count as if its units had equal spreads.
-    scales = {space: _floored(variance) ** -0.5 for space, variance in variances.items()}
-    for space in sorted(variances, reverse=True):
-        read = sizes.read(space, scales)
-        scale = _floored(read) ** 0.5 if read.any() else np.ones_like(read)
-        scales[space] = scale / np.sqrt(np.mean(variances[space] * scale**2))
+    scales = {space: _floored(variance) ** -0.5 for space, variance in variances.items() if variance.any()}
+    importance = {space: sizes.read(space, scales) / scale**2 for space, scale in scales.items()}
     for space, scale in scales.items():
         structure.rescale(network, space, scale)
-    return {space: np.sqrt(variances[space]) * scale for space, scale in scales.items()}
+    return {
+        space: _floored(each / each.mean()) ** 0.5 if each.any() else each + 1 for space, each in importance.items()
+    }
 
 
-def balance(sizes: Sequence[np.ndarray], slots: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """By how much to scale units once nothing is compared with them any more.
+def balance(importance: Sequence[np.ndarray], slots: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """By how much to scale units of spread 1 once nothing is compared with them any more.
 
-    A unit of spread s becomes one of spread s^1/2, read with s^1/2 times the weights, as trained networks have it: that
-    is what quantisers expect. Units of several tasks in one slot are scaled alike, by their mean.
+    A unit that matters s times as much as others gets the spread s^1/2, and is read with s^1/2 times the weights, as
+    trained networks have it: that is what quantisers expect. Units of several tasks in one slot are scaled alike, by
+    their mean.
 
     Args:
-        sizes: per task, the spread of each unit.
+        importance: per task, of each unit.
         slots: per task, the slot of each unit.
     """
     everywhere = np.concatenate(list(slots))
-    logarithms = np.log(np.maximum(np.concatenate(list(sizes)), _LEAST))
-    total = np.bincount(everywhere, logarithms) / np.maximum(np.bincount(everywhere), 1)
-    return [np.exp(-total[each] / 2) for each in slots]
+    total = np.bincount(everywhere, np.log(np.concatenate(list(importance)))) / np.maximum(np.bincount(everywhere), 1)
+    return [np.exp(total[each] / 2) for each in slots]
 
 
 def _floored(squares: np.ndarray) -> np.ndarray:
@@ -73,16 +71,17 @@ class _Sizes:
     def __init__(self, network: nn.Module, structure: Structure, moments: Mapping[str, Moments]) -> None:
         self._structure = structure
         self._tensors = dict(network.named_parameters()) | dict(network.named_buffers())
-        self._gain = {layer.name: self._gain_of(layer) for layer in structure.layers}
+        self._layers = [layer for layer in structure.layers if layer.name in moments]
+        self._gain = {layer.name: self._gain_of(layer) for layer in self._layers}
         self._variance = {
             layer.name: moments[layer.name][1].double().cpu().numpy() * self._gain[layer.name] ** 2
-            for layer in structure.layers
+            for layer in self._layers
         }
 
     def variance(self, space: int) -> np.ndarray:
         """Of each unit, summed over the layers that write it (a residual stream has several)."""
         total = np.zeros(len(self._structure.spaces[space].units))
-        for layer in self._structure.layers:
+        for layer in self._layers:
             if space in layer.spaces:
                 total += self._variance[layer.name][self._structure.parts(layer)[space]].mean(1)
         return total
@@ -90,7 +89,7 @@ class _Sizes:
     def read(self, space: int, scales: Mapping[int, np.ndarray]) -> np.ndarray:
         """The squared weights with which each unit is read, relative to the variance of what reads it."""
         total = np.zeros(len(self._structure.spaces[space].units))
-        for layer in self._structure.layers:
+        for layer in self._layers:
             if layer.columns is None or len(layer.columns) != layer.inputs:  # a grouped convolution reads its own units
                 continue
             places = self._structure.spaces[space].positions(layer.columns)

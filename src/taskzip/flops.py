@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
+from taskzip.copying import uncompiled
 from taskzip.observation import evaluating
 from taskzip.task import Batch, Task, call, input_tensors
 from taskzip.zipped import ZippedModel
@@ -55,7 +56,7 @@ def record_flops(zipped: ZippedModel, tasks: Sequence[Task]) -> None:
             for task, batch in zip(tasks, batches, strict=True)
         }
 
-    originals, each = count(lambda task: task.model), count(lambda task: zipped[task.name])
+    originals, each = count(lambda task: uncompiled(task.model)), count(lambda task: zipped[task.name])
     alike = not any(task.forward for task in tasks) and all(_form(batch) == _form(batches[0]) for batch in batches)
     together = _together(zipped, batches[0]) if alike else None
     zipped.history.settings["flops"] = {"originals": originals, "tasks": each, "together": together}

@@ -51,6 +51,7 @@ class Pairing:
         matching, seed: how pairs are found.
         aligned: every unit gets a partner, whether they share weights or not (Sec. 3.7).
         connections: which ones a merged unit has.
+        importance: per task, how much each unit matters to what reads it; a pair counts by the mean of its units'.
     """
 
     quotas: Mapping[int, Quota]
@@ -58,6 +59,7 @@ class Pairing:
     seed: int
     aligned: bool
     connections: Connections
+    importance: Mapping[int, np.ndarray]
 
 
 class JointLayer:
@@ -171,6 +173,10 @@ class JointLayer:
         meetings = [self._meeting(owners, task, common) for owners, common in candidates if common.channels]
         slots = np.concatenate([np.empty(0, np.int64), *(self.groups[m.owners].slots for m in meetings)])
         pairs = self._pair(task, meetings, slots)
+        difference = torch.cat(
+            [self.weights[task].new_zeros(0, len(self._rows[task])), *(m.difference for m in meetings)]
+        )
+        pairs = pairs._replace(cost=difference[pairs.a, pairs.b])
         self.costs.append(pairs.cost)
         start = 0
         for meeting in meetings:
@@ -183,7 +189,7 @@ class JointLayer:
 
     def _pair(self, task: int, meetings: Sequence[Meeting], slots: np.ndarray) -> Pairs:
         """Which joint units the units of a task share weights with; settles in which slots the task's units stand."""
-        difference = [meeting.difference for meeting in meetings]
+        difference = [meeting.difference * self._importance(task, meeting) for meeting in meetings]
         new, count = len(self._rows[task]), 1 + max(int(each.max()) for each in self.slots.values())
         pairing, quota = self._pairing, self._pairing.quotas[task]
         within = self._within(task, meetings) if self._given is None else None
@@ -219,6 +225,17 @@ class JointLayer:
             first=self._alike(task, meetings),
         )
         return Pairs(*(each.to(self.weights[task].device) for each in pairs))
+
+    def _importance(self, task: int, meeting: Meeting) -> Tensor:
+        """How much pairs matter, [joint, new]; where a threshold decides, all alike."""
+        known = self._pairing.importance
+        joint = torch.ones(meeting.units, dtype=torch.float64)
+        new = torch.ones(len(self._rows[task]), dtype=torch.float64)
+        if self._pairing.quotas[task].threshold is None and all(t in known for t in (*meeting.owners, task)):
+            units = self.groups[meeting.owners].units.cpu().numpy()
+            each = [known[t][units[:, k]] for k, t in enumerate(meeting.owners)]
+            joint, new = torch.from_numpy(np.exp(np.mean(np.log(each), axis=0))), torch.from_numpy(known[task])
+        return torch.outer(joint, new).to(meeting.difference.device)
 
     def _within(self, task: int, meetings: Sequence[Meeting]) -> np.ndarray | None:
         """Where joint units and units of a task are in wholes that belong together, [joint, new]."""

@@ -56,7 +56,7 @@ class Member:
         slots: per space that has been put into order, the joint space, and in which of its slots each unit stands.
         changed: whether anything upstream may differ from the original network.
         answers: what the original network answers, as far as it is remembered.
-        sizes: per space whose units were scaled before zipping, their spreads.
+        importance: per space whose units were scaled before zipping, how much each of them matters.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Member:
         self._check_orders(batch, answers, seed)
         self.changed = False
         self.answers = Answers()
-        self.sizes = self._equalise(batch, answers, seed) if equal_spreads and self.structure.layers else {}
+        self.importance = self._equalise(batch, answers, seed) if equal_spreads and self.structure.layers else {}
 
     def _first_answers(self, batch: Batch) -> Any:
         with evaluating(self.network):
@@ -127,17 +127,18 @@ class Member:
         return copy_of(self.network)
 
     def _equalise(self, batch: Batch, answers: Any, seed: int) -> dict[int, np.ndarray]:
-        """Give units sizes that compare in the working copy; a copy of it becomes the network to agree with."""
-        moments = self.observer(None, seed).moments(self.structure.layers, _SPREAD_SAMPLES)
-        sizes = equalise(self.network, self.structure, moments)
-        if sizes and not self._agrees((), (), batch, answers):
+        """Give units equal spreads in the working copy; a copy of it becomes the network to agree with."""
+        real = [x for x in self.structure.layers if not self.network.get_parameter(x.weight).is_complex()]
+        moments = self.observer(None, seed).moments(real, _SPREAD_SAMPLES) if real else {}
+        importance = equalise(self.network, self.structure, moments)
+        if importance and not self._agrees((), (), batch, answers):
             raise GraphError(
                 f"task {self.task.name!r}: with its units scaled the network gives other outputs, so their readers "
                 f"were misunderstood; please report the architecture. compensate='output' leaves units as they are."
             )
-        if sizes:
+        if importance:
             self.original = copy_of(self.network)
-        return sizes
+        return importance
 
     def _check_orders(self, batch: Batch, answers: Any, seed: int) -> None:
         """Re-order every space at random in a copy of the network: it must still give its own outputs.
@@ -320,8 +321,8 @@ class Member:
         self.structure.reorder(self.network, space, order)
         self._orders[space] = self._orders.get(space, np.arange(len(order)))[order]
         self.slots[space] = (joint, slots)
-        if space in self.sizes:
-            self.sizes[space] = self.sizes[space][order]
+        if space in self.importance:
+            self.importance[space] = self.importance[space][order]
 
     def is_written_by(self, layer: Layer, space: int) -> bool:
         """Whether this layer alone computes the units of a space, none before it reads them, and they were scaled."""
@@ -333,7 +334,7 @@ class Member:
                 return False
             if before and other.columns is not None and units.positions(other.columns).size:
                 return False
-        return space in self.sizes
+        return space in self.importance
 
     def original_rows(self, layer: Layer) -> Tensor | None:
         """Per row of a layer, which row it was in the original network; None where no row has moved."""

@@ -34,6 +34,8 @@ def note_scale(c: Context, node: Node) -> None:
     """Write down which units a node makes rigid: all that it touches, unless its op is known to be homogeneous."""
     name = op_name(node)
     rule = _RULES.get(name) or _RULES.get(name.removesuffix("_"), _nothing_kept)
+    if any(_is_tensor(each) and each.meta["val"].is_complex() for each in (node, *node.all_input_nodes)):
+        rule = _nothing_kept
     for axes in rule(c, node):
         c.make_rigid(axes)
 

@@ -188,7 +188,7 @@ class Structure:
     layers: tuple[Layer, ...]
     spaces: tuple[Space, ...]
     axes: dict[str, tuple[Ids | None, ...]] = field(repr=False)
-    scales: Scales = field(repr=False)
+    scales: Scales = field(default_factory=lambda: Scales((), {}, ()), repr=False)
     unreached: tuple[str, ...] = ()
     rest: tuple[Rest, ...] = ()
     norms: tuple[NormReaders, ...] = field(default=(), repr=False, kw_only=True)
