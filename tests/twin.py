@@ -11,6 +11,7 @@ the k * k taps of a kernel, the H * W pixels behind a flatten, or one.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -264,16 +265,15 @@ def zip_twin(
 def _equalise(network: Network, data: np.ndarray) -> list[np.ndarray]:
     """Scale hidden units to spread 1: ReLU and pooling commute with it, the next layer's weights are divided by it.
 
-    Returns per layer how much each unit matters: the weights with which it is read, relative to the spread of what reads
-    it, the latter with spread 1 too where it is hidden.
+    Returns per layer how much each unit matters: the weights with which it is read by units of spread 1.
     """
     layers = network.layers
     spreads = [(network.rows(number, data) @ layer.matrix.T).std(0) for number, layer in enumerate(layers)]
-    for number, (layer, reader) in enumerate(zip(layers, layers[1:], strict=False)):
+    for number, (layer, reader) in enumerate(itertools.pairwise(layers)):
         layer.matrix /= spreads[number][:, None]
         reader.matrix[:, :-1] *= spreads[number].repeat(reader.columns // layer.units)
     importance = []
-    for number, (layer, reader) in enumerate(zip(layers, layers[1:], strict=False)):
+    for layer, reader in itertools.pairwise(layers):
         run = reader.columns // layer.units
         read = [np.sqrt((reader.matrix[:, k * run : (k + 1) * run] ** 2).sum()) for k in range(layer.units)]
         importance.append(np.array(read) / np.sqrt(np.mean(np.square(read))))

@@ -126,10 +126,14 @@ class Member:
             )
         return copy_of(self.network)
 
+    def _real_layers(self) -> list[Layer]:
+        """The layers that compute with real numbers."""
+        return [layer for layer in self.structure.layers if not self.network.get_parameter(layer.weight).is_complex()]
+
     def _equalise(self, batch: Batch, answers: Any, seed: int) -> dict[int, np.ndarray]:
         """Give units equal spreads in the working copy; a copy of it becomes the network to agree with."""
-        real = [x for x in self.structure.layers if not self.network.get_parameter(x.weight).is_complex()]
-        moments = self.observer(None, seed).moments(real, _SPREAD_SAMPLES) if real else {}
+        layers = self._real_layers()
+        moments = self.observer(None, seed).moments(layers, _SPREAD_SAMPLES) if layers else {}
         importance = equalise(self.network, self.structure, moments)
         if importance and not self._agrees((), (), batch, answers):
             raise GraphError(
@@ -183,7 +187,7 @@ class Member:
             GraphError: the units of a layer do not lie there.
         """
         self._orders = dict(enumerate(orders))
-        layers = [layer for layer in self.structure.layers if not self._moves_beside(layer)]
+        layers = [layer for layer in self._real_layers() if not self._moves_beside(layer)]
         rows = {layer.name: self.original_rows(layer) for layer in layers}
         self._orders = {}
         found = self._misread(orders, layers, rows, batch)

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from taskzip.task import Batch, Task
 
@@ -64,5 +63,5 @@ class Suitability:
 
 def is_classes(task: Task, output: Any) -> bool:
     """Whether an output is class scores, a row a sample."""
-    classes = task.loss is F.cross_entropy or isinstance(task.loss, nn.CrossEntropyLoss)
+    classes = is_cross_entropy(task)
     return classes and isinstance(output, Tensor) and output.dim() == 2 and output.shape[1] > 1

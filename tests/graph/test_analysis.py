@@ -952,5 +952,6 @@ class Random(nn.Module):
 @pytest.mark.parametrize("seeds", [range(0, 8), range(8, 16), range(16, 24)])
 def test_random_networks(seeds: range) -> None:
     structures = [assert_orders_hold(Random(seed), torch.randn(2, 2, 4, 4), orders=3) for seed in seeds]
-    assert sum(len(structure.spaces) for structure in structures) >= 8  # they are not all pinned
-    assert sum(bool(layer.spaces) for structure in structures for layer in structure.layers) >= 8
+    # They are not all pinned; what may be read by a part that is never called is.
+    assert sum(len(structure.spaces) for structure in structures) >= 6
+    assert sum(bool(layer.spaces) for structure in structures for layer in structure.layers) >= 6

@@ -143,7 +143,7 @@ def powers(c: Context) -> tuple[Powers, list[Norm]]:
         each = {_powers_in(c, user, argument, len(axes)) for user, argument in uses[name]}
         only = each.pop() if len(each) == 1 else None
         normed = [user for user, argument in uses[name] if op_name(user) == "batch_norm" and argument == "weight"]
-        if only is None or len(normed) > 1:
+        if only is None or len(normed) > 1 or any(arguments(user)["running_var"] not in c.names for user in normed):
             c.make_rigid(axes)
             continue
         found[name] = only
