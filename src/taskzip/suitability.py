@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from taskzip.labels import is_cross_entropy
 from taskzip.task import Batch, Task
 
 _FEWEST = 16
