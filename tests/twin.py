@@ -183,7 +183,8 @@ def zip_twin(
         cross: whether shared units keep weights from private ones; without, both networks have biases everywhere.
     """
     original = [Network.of(model) for model in models]
-    matters = [_equalise(network, x) if compensate else [] for network, x in zip(original, data, strict=True)]
+    known = [_equalise(network, x) if compensate else ([], []) for network, x in zip(original, data, strict=True)]
+    matters = [each for each, _ in known]
     result = Result([network.copy() for network in original])
     zipped = result.networks
     alphas = (balance, 1 - balance)
@@ -220,7 +221,7 @@ def zip_twin(
                 if compensate:
                     _match_spread(layers, (i, j), x, z, alpha, bias)
             if compensate:
-                _balance(zipped, number, pairs, matters)
+                _balance(zipped, number, pairs, known)
             _arrange(zipped, number, pairs)
             shared_before, changed = len(pairs), True
             continue
@@ -255,17 +256,18 @@ def zip_twin(
             if compensate:
                 _match_spread(layers, (i, j), x, z, alpha, bias)
         if compensate:
-            _balance(zipped, number, pairs, matters)
+            _balance(zipped, number, pairs, known)
         _arrange(zipped, number, pairs)
         shared_before = len(pairs)
         changed = changed or len(pairs) > 0
     raise AssertionError("a network without layers")
 
 
-def _equalise(network: Network, data: np.ndarray) -> list[np.ndarray]:
+def _equalise(network: Network, data: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Scale hidden units to spread 1: ReLU and pooling commute with it, the next layer's weights are divided by it.
 
-    Returns per layer how much each unit matters: the weights with which it is read by units of spread 1.
+    Returns per layer how much each unit matters, the weights with which it is read by units of spread 1, and how large
+    it is on average.
     """
     layers = network.layers
     spreads = [(network.rows(number, data) @ layer.matrix.T).std(0) for number, layer in enumerate(layers)]
@@ -277,17 +279,15 @@ def _equalise(network: Network, data: np.ndarray) -> list[np.ndarray]:
         run = reader.columns // layer.units
         read = [np.sqrt((reader.matrix[:, k * run : (k + 1) * run] ** 2).sum()) for k in range(layer.units)]
         importance.append(np.array(read) / np.sqrt(np.mean(np.square(read))))
-    return importance
+    sizes = [np.sqrt(1 + (network.rows(k, data) @ layer.matrix.T).mean(0) ** 2) for k, layer in enumerate(layers)]
+    return importance, sizes
 
 
 def _balance(
-    networks: Sequence[Network],
-    number: int,
-    pairs: Sequence[tuple[int, int]],
-    importance: Sequence[Sequence[np.ndarray]],
+    networks: Sequence[Network], number: int, pairs: Sequence[tuple[int, int]], known: Sequence[tuple]
 ) -> None:
-    """Scale units by the root of how much they matter; those of a pair alike."""
-    size = [np.log(each[number]) for each in importance]
+    """Scale units so that each is as large as the weights with which it is read; those of a pair alike."""
+    size = [np.log(matters[number] / sizes[number]) for matters, sizes in known]
     for i, j in pairs:
         size[0][i] = size[1][j] = (size[0][i] + size[1][j]) / 2
     for network, each in zip(networks, size, strict=True):

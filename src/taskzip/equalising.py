@@ -8,6 +8,7 @@ differences and ridges are not the same; units that happen to be large would rul
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from torch import nn
@@ -19,7 +20,7 @@ _LEAST = 1e-3
 """Units are scaled by no less than this, relative to the root mean square over their space."""
 
 
-def equalise(network: nn.Module, structure: Structure, moments: Mapping[str, Moments]) -> dict[int, np.ndarray]:
+def equalise(network: nn.Module, structure: Structure, moments: Mapping[str, Moments]) -> dict[int, Units]:
     """Give every unit whose scale is free the spread 1, in place.
 
     The spread is that of what the unit's layer answers, or batch-norm right behind it; of a residual stream's unit, the
@@ -32,7 +33,8 @@ def equalise(network: nn.Module, structure: Structure, moments: Mapping[str, Mom
 
     Returns:
         Per space whose units were scaled, how much each of them matters: what it gives to the layers that read it,
-        relative to the spread of these, with a root mean square of 1 over the units.
+        relative to the spread of these, with a root mean square of 1 over the units; and how large each is on average,
+        in terms of its spread.
     """
     sizes = _Sizes(network, structure, moments)
     variances = {space: sizes.variance(space) for space, free in enumerate(structure.scales.free) if free}
@@ -40,29 +42,42 @@ def equalise(network: nn.Module, structure: Structure, moments: Mapping[str, Mom
     importance = {space: sizes.read(space, scales) / scale**2 for space, scale in scales.items()}
     for space, scale in scales.items():
         structure.rescale(network, space, scale)
-    return {
-        space: _floored(each / each.mean()) ** 0.5 if each.any() else each + 1 for space, each in importance.items()
-    }
+    found = {}
+    for space, each in importance.items():
+        matters = _floored(each / each.mean()) ** 0.5 if each.any() else np.ones_like(each)
+        found[space] = Units(matters, np.sqrt(1 + sizes.mean_square(space) * scales[space] ** 2))
+    return found
 
 
-def balance(importance: Sequence[np.ndarray], slots: Sequence[np.ndarray]) -> list[np.ndarray]:
+def balance(units: Sequence[Units], slots: Sequence[np.ndarray]) -> list[np.ndarray]:
     """By how much to scale units of spread 1 once nothing is compared with them any more.
 
-    A unit that matters s times as much as others gets the spread s^1/2, and is read with s^1/2 times the weights, as
-    trained networks have it: that is what quantisers expect. Units of several tasks in one slot are scaled alike, by
-    their mean.
+    A unit becomes as large as the weights with which it is read, as trained networks have it: that is what quantisers
+    expect. Units of several tasks in one slot are scaled alike, by their mean.
 
     Args:
-        importance: per task, of each unit.
+        units: per task, those of a space.
         slots: per task, the slot of each unit.
     """
     everywhere = np.concatenate(list(slots))
-    total = np.bincount(everywhere, np.log(np.concatenate(list(importance)))) / np.maximum(np.bincount(everywhere), 1)
+    wanted = np.log(np.concatenate([each.matters / each.size for each in units]))
+    total = np.bincount(everywhere, wanted) / np.maximum(np.bincount(everywhere), 1)
     return [np.exp(total[each] / 2) for each in slots]
 
 
 def _floored(squares: np.ndarray) -> np.ndarray:
     return np.maximum(squares, _LEAST**2 * squares.mean())
+
+
+class Units(NamedTuple):
+    """The units of a space: how much each matters to what reads it, and its root mean square in terms of its spread."""
+
+    matters: np.ndarray
+    size: np.ndarray
+
+    def ordered(self, order: np.ndarray) -> Units:
+        """In another order."""
+        return Units(self.matters[order], self.size[order])
 
 
 class _Sizes:
@@ -73,6 +88,7 @@ class _Sizes:
         self._tensors = dict(network.named_parameters()) | dict(network.named_buffers())
         self._layers = [layer for layer in structure.layers if layer.name in moments]
         self._gain = {layer.name: self._gain_of(layer) for layer in self._layers}
+        self._mean = {layer.name: moments[layer.name][0].double().cpu().numpy() for layer in self._layers}
         self._variance = {
             layer.name: moments[layer.name][1].double().cpu().numpy() * self._gain[layer.name] ** 2
             for layer in self._layers
@@ -84,6 +100,14 @@ class _Sizes:
         for layer in self._layers:
             if space in layer.spaces:
                 total += self._variance[layer.name][self._structure.parts(layer)[space]].mean(1)
+        return total
+
+    def mean_square(self, space: int) -> np.ndarray:
+        """The squared mean of what computes each unit, where no batch-norm takes it off; of several layers the sum."""
+        total = np.zeros(len(self._structure.spaces[space].units))
+        for layer in self._layers:
+            if space in layer.spaces and layer.batch_norm is None:
+                total += self._mean[layer.name][self._structure.parts(layer)[space]].mean(1) ** 2
         return total
 
     def read(self, space: int, scales: Mapping[int, np.ndarray]) -> np.ndarray:

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from taskzip.answers import Answers
 from taskzip.copying import copy_of, uncompiled
-from taskzip.equalising import equalise
+from taskzip.equalising import Units, equalise
 from taskzip.errors import GraphError, InputError, TaskzipWarning
 from taskzip.graph import Layer, Structure, analyse
 from taskzip.observation import MaxRows, Observer, evaluating, run_batch
@@ -56,7 +56,7 @@ class Member:
         slots: per space that has been put into order, the joint space, and in which of its slots each unit stands.
         changed: whether anything upstream may differ from the original network.
         answers: what the original network answers, as far as it is remembered.
-        importance: per space whose units were scaled before zipping, how much each of them matters.
+        scaled: per space whose units were scaled before zipping, what is known of them.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Member:
         self._check_orders(batch, answers, seed)
         self.changed = False
         self.answers = Answers()
-        self.importance = self._equalise(batch, answers, seed) if equal_spreads and self.structure.layers else {}
+        self.scaled = self._equalise(batch, answers, seed) if equal_spreads and self.structure.layers else {}
 
     def _first_answers(self, batch: Batch) -> Any:
         with evaluating(self.network):
@@ -130,19 +130,19 @@ class Member:
         """The layers that compute with real numbers."""
         return [layer for layer in self.structure.layers if not self.network.get_parameter(layer.weight).is_complex()]
 
-    def _equalise(self, batch: Batch, answers: Any, seed: int) -> dict[int, np.ndarray]:
+    def _equalise(self, batch: Batch, answers: Any, seed: int) -> dict[int, Units]:
         """Give units equal spreads in the working copy; a copy of it becomes the network to agree with."""
         layers = self._real_layers()
         moments = self.observer(None, seed).moments(layers, _SPREAD_SAMPLES) if layers else {}
-        importance = equalise(self.network, self.structure, moments)
-        if importance and not self._agrees((), (), batch, answers):
+        scaled = equalise(self.network, self.structure, moments)
+        if scaled and not self._agrees((), (), batch, answers):
             raise GraphError(
                 f"task {self.task.name!r}: with its units scaled the network gives other outputs, so their readers "
                 f"were misunderstood; please report the architecture. compensate='output' leaves units as they are."
             )
-        if importance:
+        if scaled:
             self.original = copy_of(self.network)
-        return importance
+        return scaled
 
     def _check_orders(self, batch: Batch, answers: Any, seed: int) -> None:
         """Re-order every space at random in a copy of the network: it must still give its own outputs.
@@ -325,8 +325,8 @@ class Member:
         self.structure.reorder(self.network, space, order)
         self._orders[space] = self._orders.get(space, np.arange(len(order)))[order]
         self.slots[space] = (joint, slots)
-        if space in self.importance:
-            self.importance[space] = self.importance[space][order]
+        if space in self.scaled:
+            self.scaled[space] = self.scaled[space].ordered(order)
 
     def is_written_by(self, layer: Layer, space: int) -> bool:
         """Whether this layer alone computes the units of a space, none before it reads them, and they were scaled."""
@@ -338,7 +338,7 @@ class Member:
                 return False
             if before and other.columns is not None and units.positions(other.columns).size:
                 return False
-        return space in self.importance
+        return space in self.scaled
 
     def original_rows(self, layer: Layer) -> Tensor | None:
         """Per row of a layer, which row it was in the original network; None where no row has moved."""

@@ -12,7 +12,7 @@ from taskzip.correspondence import Layers
 from taskzip.errors import InputError
 from taskzip.matching import Matching
 from taskzip.observation import MaxRows
-from taskzip.plan import SharePlan, as_plan
+from taskzip.plan import Share, SharePlan, as_plan
 from taskzip.randomness import checked_seed
 from taskzip.retraining import Retraining
 from taskzip.sparsity import Connections
@@ -47,7 +47,7 @@ class Settings:
     @property
     def relative(self) -> bool:
         """Whether errors of units count relative to the units' own spread; as they are in the paper's procedure."""
-        return self.compensate is True
+        return self.compensate is True and self.plan != Share(0.0)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

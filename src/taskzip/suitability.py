@@ -65,4 +65,6 @@ class Suitability:
 def is_classes(task: Task, output: Any) -> bool:
     """Whether an output is class scores, a row a sample."""
     classes = is_cross_entropy(task)
-    return classes and isinstance(output, Tensor) and output.dim() == 2 and output.shape[1] > 1
+    if not isinstance(output, Tensor) or output.is_complex():
+        return False
+    return classes and output.dim() == 2 and output.shape[1] > 1

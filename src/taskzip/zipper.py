@@ -198,8 +198,8 @@ class Zipper:
                 {t: self.members[t].slots[space][1] for t, space in part.spaces.items()} if placed and not own else None
             )
             how, aligned = self.settings, self._is_aligned(part) and not own
-            known = {t: self.members[t].importance for t in part.spaces}
-            importance = {t: known[t][space] for t, space in part.spaces.items() if space in known[t]}
+            known = {t: self.members[t].scaled for t in part.spaces}
+            importance = {t: known[t][space].matters for t, space in part.spaces.items() if space in known[t]}
             pairing = Pairing(part.quotas(each), how.matching, how.seed, aligned, how.connections, importance)
             common = None if inputs.cross else self.common.of(part)
             joint = JointLayer(sides, inputs, part.rows, pairing, given, common, self.spaces.wholes(part.joint))
@@ -231,10 +231,8 @@ class Zipper:
         alone = [{each} for each in free if not any(each in spaces for spaces in together)]
         for spaces in [*(spaces for spaces in together if spaces <= free), *alone]:
             members = [(self.members[t], space) for t, space in spaces]
-            slots = [m.slots[s][1] if s in m.slots else np.arange(len(m.importance[s])) for m, s in members]
-            for (member, space), scale in zip(
-                members, balance([m.importance[s] for m, s in members], slots), strict=True
-            ):
+            slots = [m.slots[s][1] if s in m.slots else np.arange(len(m.scaled[s].size)) for m, s in members]
+            for (member, space), scale in zip(members, balance([m.scaled[s] for m, s in members], slots), strict=True):
                 member.structure.rescale(member.network, space, scale)
 
     def _groups(self, parts: Sequence[Part], joints: Sequence[JointLayer]) -> dict[tuple[str, ...], int]:

@@ -953,5 +953,5 @@ class Random(nn.Module):
 def test_random_networks(seeds: range) -> None:
     structures = [assert_orders_hold(Random(seed), torch.randn(2, 2, 4, 4), orders=3) for seed in seeds]
     # They are not all pinned; what may be read by a part that is never called is.
-    assert sum(len(structure.spaces) for structure in structures) >= 6
-    assert sum(bool(layer.spaces) for structure in structures for layer in structure.layers) >= 6
+    assert sum(len(structure.spaces) for structure in structures) >= 5
+    assert sum(bool(layer.spaces) for structure in structures for layer in structure.layers) >= 5
