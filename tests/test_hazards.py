@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 import taskzip as tz
 from taskzip.assembly import install_blocks
 from taskzip.graph import OUTPUT, Layer, Structure
+from taskzip.settings import Settings
 from taskzip.zipped.blocks import installed
 
 DOUBLE = torch.float64
@@ -901,12 +902,15 @@ COMPENSATED = {
 
 @pytest.mark.parametrize("residual", ["coupled", "independent"])
 @pytest.mark.parametrize("name", COMPENSATED)
-def test_private_layers_behind_a_shared_one_give_the_original_answers(name: str, residual: str) -> None:
+def test_private_layers_behind_a_shared_one_give_the_original_answers(
+    name: str, residual: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows and columns of what is solved lie in new orders; what it should answer lies in the original one."""
+    monkeypatch.setattr(Settings, "relative", False)  # units as they are, so that weights can be compared
     shared, layers = COMPENSATED[name]
     models, x = [network(name, seed) for seed in range(2)], [data(name, seed, 16) for seed in range(2)]
     options = {"share": {shared: 0.5}, "residual": residual, "aligned": True}
-    solved = zipped_of(name, models, x, **options)
+    solved = zipped_of(name, models, x, ridge=0.1, **options)
     unsolved = zipped_of(name, models, x, compensate=False, **options)  # in the same orders
     for task, original, each in zip("ab", models, x, strict=True):
         after, before = solved.materialize(task), unsolved.materialize(task)
@@ -916,15 +920,15 @@ def test_private_layers_behind_a_shared_one_give_the_original_answers(name: str,
             order = places(weights_of(before, layer)[:, -1:], weights_of(original, layer)[:, -1:])
             answers = wanted @ weights_of(original, layer)[order].T
             gram = reads.T @ reads
-            ridge = 0.1 * np.mean(np.diag(gram))
-            now = ridge * weights_of(before, layer).T
-            given = np.linalg.solve(gram + ridge * np.eye(len(gram)), reads.T @ answers + now).T
+            ridge = 0.1 * np.diag(np.diag(gram))
+            given = np.linalg.solve(gram + ridge, reads.T @ answers + ridge @ weights_of(before, layer).T).T
             np.testing.assert_allclose(weights_of(after, layer), given, rtol=1e-7, atol=1e-9)
             assert np.abs(given - weights_of(before, layer)).max() > 1e-4
 
 
 @pytest.mark.parametrize("balance", [0.5, 0.2])
-def test_merged_units_of_a_residual_layer_keep_mean_and_spread(balance: float) -> None:
+def test_merged_units_of_a_residual_layer_keep_mean_and_spread(balance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Settings, "relative", False)  # moments are compared with those of units as they are
     name, layer = "residual without projection", "second1"
     models, x = [network(name, seed) for seed in range(2)], [data(name, seed, 16) for seed in range(2)]
     zipped = zipped_of(name, models, x, share={layer: 6}, balance=balance)

@@ -173,10 +173,9 @@ class JointLayer:
         meetings = [self._meeting(owners, task, common) for owners, common in candidates if common.channels]
         slots = np.concatenate([np.empty(0, np.int64), *(self.groups[m.owners].slots for m in meetings)])
         pairs = self._pair(task, meetings, slots)
-        difference = torch.cat(
-            [self.weights[task].new_zeros(0, len(self._rows[task])), *(m.difference for m in meetings)]
-        )
-        pairs = pairs._replace(cost=difference[pairs.a, pairs.b])
+        none = self.weights[task].new_zeros(0, len(self._rows[task]))
+        counted = torch.cat([none, *(self._importance(task, meeting) for meeting in meetings)])
+        pairs = pairs._replace(cost=pairs.cost / counted[pairs.a, pairs.b])
         self.costs.append(pairs.cost)
         start = 0
         for meeting in meetings:
