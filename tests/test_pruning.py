@@ -114,8 +114,8 @@ def literal_solution(h: np.ndarray, right: np.ndarray, zero: np.ndarray) -> np.n
 
 def literal_fit(rows: np.ndarray, z: np.ndarray, present: np.ndarray, ridge: float) -> np.ndarray:
     gram = rows.T @ rows
-    pull = ridge * np.trace(gram) / len(gram)
-    gram = gram + pull * np.eye(len(gram))
+    pull = ridge * np.maximum(np.diag(gram), 1e-6 * np.mean(np.diag(gram)))
+    gram = gram + np.diag(pull)
     d = len(gram) - 1
     fits = []
     for k, w in enumerate(present):

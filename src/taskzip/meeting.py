@@ -159,6 +159,8 @@ class Meeting:
 
     def is_pruned(self, joint: Tensor, new: Tensor) -> bool:
         """Whether pairs lack connections; d does not know of them."""
+        if not all(self._sides[t].pruned for t in (*self.owners, self.task)):
+            return False
         taken = self._taken(self._present, joint, new)
         return any(support(w, bias=self._common.bias) is not None for w in taken)
 
