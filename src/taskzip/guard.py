@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from taskzip.curvature import LayerStatistics
+from taskzip.curvature import LayerStatistics, Moments
 from taskzip.errors import GraphError
 from taskzip.factored import Factored, quadratic
 
@@ -32,9 +32,6 @@ _WORK = 2**26
 
 _LOST = 0.5
 """With an error above this, relative to its variance, a unit may stand in the place of another one."""
-
-Moments = tuple[Float[Tensor, " units"], Float[Tensor, " units"]]
-"""Mean and variance of each unit."""
 
 
 def some(units: int, columns: int, device: torch.device | None = None) -> Int[Tensor, " some"]:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from taskzip.alignment import CommonInputs, JointInputs
-from taskzip.guard import LARGEST_SCALE, Moments, check_merging, check_pairing, some, spread_is_better
+from taskzip.curvature import Moments
+from taskzip.guard import LARGEST_SCALE, check_merging, check_pairing, some, spread_is_better
 from taskzip.matching import Matching, Pairs, match
 from taskzip.meeting import Meeting, TaskLayer
 from taskzip.members import Owners
