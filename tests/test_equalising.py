@@ -75,7 +75,7 @@ def test_rescaled_networks(make: Callable[[int], nn.Module], share: float) -> No
     structure = tz.inspect(rescaled, data[0][0])
     for space, free in enumerate(structure.scales.free):
         assert free
-        structure.rescale(rescaled, space, 10 * np.exp(rng.normal(size=len(structure.spaces[space].units))))
+        structure.rescale(rescaled, {space: 10 * np.exp(rng.normal(size=len(structure.spaces[space].units)))})
     assert_same(answers([rescaled, models[1]], data, share), answers(models, data, share))
 
 

@@ -175,7 +175,7 @@ def zip_twin(
         data: per task, all its samples.
         share: the fraction of the smaller layer's units that is shared.
         matching: "greedy" or "optimal" (exact; exponential in the number of units).
-        compensate: units are first made as large as they matter, and errors count relative to them; least squares
+        compensate: units are first given equal spreads, and errors count relative to them; least squares
             before merging, spread matching after it, and private weights that follow.
         balance: alpha of task A.
         damping, ridge: as in `taskzip.zip`.
@@ -199,6 +199,8 @@ def zip_twin(
             for t in (0, 1):
                 layers[t].matrix = _least_squares(x[t], z[t], layers[t], ridge)
         if number == len(original[0].layers) - 1:
+            if compensate:
+                _restore(zipped, [turn.pairs for turn in result.turns], [scales for _, scales in known])
             return result
 
         shared = _shared_columns(zipped, number, shared_before)
@@ -220,8 +222,6 @@ def zip_twin(
                     layers[t].matrix[unit] = merged[i, j][t]
                 if compensate:
                     _match_spread(layers, (i, j), x, z, alpha, bias)
-            if compensate:
-                _balance(zipped, number, pairs, known)
             _arrange(zipped, number, pairs)
             shared_before, changed = len(pairs), True
             continue
@@ -255,8 +255,6 @@ def zip_twin(
                 layers[t].matrix[unit, own[t]] -= np.linalg.inv(whole[t][at:, at:]) @ whole[t][at:, :at] @ change
             if compensate:
                 _match_spread(layers, (i, j), x, z, alpha, bias)
-        if compensate:
-            _balance(zipped, number, pairs, known)
         _arrange(zipped, number, pairs)
         shared_before = len(pairs)
         changed = changed or len(pairs) > 0
@@ -266,8 +264,8 @@ def zip_twin(
 def _equalise(network: Network, data: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Scale hidden units to spread 1: ReLU and pooling commute with it, the next layer's weights are divided by it.
 
-    Returns per layer how much each unit matters, the weights with which it is read by units of spread 1, and how large
-    it is on average.
+    Returns per layer how much each unit matters, the weights with which it is read by units of spread 1, and how many
+    times as large it was made.
     """
     layers = network.layers
     spreads = [(network.rows(number, data) @ layer.matrix.T).std(0) for number, layer in enumerate(layers)]
@@ -279,21 +277,18 @@ def _equalise(network: Network, data: np.ndarray) -> tuple[list[np.ndarray], lis
         run = reader.columns // layer.units
         read = [np.sqrt((reader.matrix[:, k * run : (k + 1) * run] ** 2).sum()) for k in range(layer.units)]
         importance.append(np.array(read) / np.sqrt(np.mean(np.square(read))))
-    sizes = [np.sqrt(1 + (network.rows(k, data) @ layer.matrix.T).mean(0) ** 2) for k, layer in enumerate(layers)]
-    return importance, sizes
+    return importance, [1 / spread for spread in spreads]
 
 
-def _balance(
-    networks: Sequence[Network], number: int, pairs: Sequence[tuple[int, int]], known: Sequence[tuple]
-) -> None:
-    """Scale units so that each is as large as the weights with which it is read; those of a pair alike."""
-    size = [np.log(matters[number] / sizes[number]) for matters, sizes in known]
-    for i, j in pairs:
-        size[0][i] = size[1][j] = (size[0][i] + size[1][j]) / 2
-    for network, each in zip(networks, size, strict=True):
-        layer, reader = network.layers[number], network.layers[number + 1]
-        layer.matrix = layer.matrix * np.exp(each / 2)[:, None]
-        reader.matrix[:, :-1] *= np.exp(-each / 2).repeat(reader.columns // layer.units)
+def _restore(networks: Sequence[Network], pairs: Sequence[Sequence[tuple[int, int]]], scales: Sequence[list]) -> None:
+    """Scale units back to the sizes that they had; those of a pair, which come first, to their geometric mean."""
+    for number, found in enumerate(pairs):
+        size = [np.log(each[number][_paired_first(each[number], found, t)]) for t, each in enumerate(scales)]
+        size[0][: len(found)] = size[1][: len(found)] = (size[0][: len(found)] + size[1][: len(found)]) / 2
+        for network, each in zip(networks, size, strict=True):
+            layer, reader = network.layers[number], network.layers[number + 1]
+            layer.matrix = layer.matrix * np.exp(-each)[:, None]
+            reader.matrix[:, :-1] *= np.exp(each).repeat(reader.columns // layer.units)
 
 
 def _least_squares(x: np.ndarray, z: np.ndarray, layer: Layer, ridge: float) -> np.ndarray:
@@ -427,9 +422,12 @@ def _cut_pairs(
 def _arrange(networks: Sequence[Network], number: int, pairs: Sequence[tuple[int, int]]) -> None:
     """Put the paired units first."""
     for t in (0, 1):
-        first = [pair[t] for pair in pairs]
-        rest = [unit for unit in range(networks[t].layers[number].units) if unit not in first]
-        _reorder(networks[t], number, first + rest)
+        _reorder(networks[t], number, _paired_first(range(networks[t].layers[number].units), pairs, t))
+
+
+def _paired_first(units: Sequence, pairs: Sequence[tuple[int, int]], task: int) -> list[int]:
+    first = [pair[task] for pair in pairs]
+    return first + [unit for unit in range(len(units)) if unit not in first]
 
 
 def _put(matrix: np.ndarray, unit: int, columns: np.ndarray, merged: np.ndarray, bias: bool) -> None:

@@ -20,11 +20,23 @@ _LEAST = 1e-3
 """Units are scaled by no less than this, relative to the root mean square over their space."""
 
 
+class Units(NamedTuple):
+    """The units of a space: how much each matters to what reads it, and how many times as large it was made."""
+
+    matters: np.ndarray
+    scale: np.ndarray
+
+    def ordered(self, order: np.ndarray) -> Units:
+        """In another order."""
+        return Units(self.matters[order], self.scale[order])
+
+
 def equalise(network: nn.Module, structure: Structure, moments: Mapping[str, Moments]) -> dict[int, Units]:
     """Give every unit whose scale is free the spread 1, in place.
 
     The spread is that of what the unit's layer answers, or batch-norm right behind it; of a residual stream's unit, the
-    root of the summed variances of all layers that write into it.
+    root of the summed variances of all layers that write into it. In half precision scales are powers of two, so that
+    no weight is rounded.
 
     Args:
         network: computes the same afterwards.
@@ -32,52 +44,40 @@ def equalise(network: nn.Module, structure: Structure, moments: Mapping[str, Mom
         moments: per layer, mean and variance of its answers; what has none (complex numbers) is left out.
 
     Returns:
-        Per space whose units were scaled, how much each of them matters: what it gives to the layers that read it,
-        relative to the spread of these, with a root mean square of 1 over the units; and how large each is on average,
-        in terms of its spread.
+        Per space whose units were scaled, by how much, and how much each of them matters: what it gives to the layers
+        that read it, relative to the spread of these, with a root mean square of 1 over the units.
     """
     sizes = _Sizes(network, structure, moments)
     variances = {space: sizes.variance(space) for space, free in enumerate(structure.scales.free) if free}
     scales = {space: _floored(variance) ** -0.5 for space, variance in variances.items() if variance.any()}
+    if any(p.dtype.itemsize < 4 for p in network.parameters()):
+        scales = {space: np.exp2(np.round(np.log2(scale))) for space, scale in scales.items()}
     importance = {space: sizes.read(space, scales) / scale**2 for space, scale in scales.items()}
-    for space, scale in scales.items():
-        structure.rescale(network, space, scale)
-    found = {}
-    for space, each in importance.items():
-        matters = _floored(each / each.mean()) ** 0.5 if each.any() else np.ones_like(each)
-        found[space] = Units(matters, np.sqrt(1 + sizes.mean_square(space) * scales[space] ** 2))
-    return found
+    structure.rescale(network, scales)
+    return {space: Units(_relative(each), scales[space]) for space, each in importance.items()}
 
 
-def balance(units: Sequence[Units], slots: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """By how much to scale units of spread 1 once nothing is compared with them any more.
+def restored(scales: Sequence[np.ndarray], slots: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """By how much to scale units back once nothing is compared any more: to where they were, which quantisers expect.
 
-    A unit becomes as large as the weights with which it is read, as trained networks have it: that is what quantisers
-    expect. Units of several tasks in one slot are scaled alike, by their mean.
+    Units of several tasks in one slot become as large as they were in the geometric mean.
 
     Args:
-        units: per task, those of a space.
+        scales: per task, how many times as large each unit was made.
         slots: per task, the slot of each unit.
     """
     everywhere = np.concatenate(list(slots))
-    wanted = np.log(np.concatenate([each.matters / each.size for each in units]))
-    total = np.bincount(everywhere, wanted) / np.maximum(np.bincount(everywhere), 1)
-    return [np.exp(total[each] / 2) for each in slots]
+    total = np.bincount(everywhere, np.log(np.concatenate(list(scales)))) / np.maximum(np.bincount(everywhere), 1)
+    return [np.exp(-total[each]) for each in slots]
+
+
+def _relative(squares: np.ndarray) -> np.ndarray:
+    """Their roots, with a root mean square of 1."""
+    return _floored(squares / squares.mean()) ** 0.5 if squares.any() else np.ones_like(squares)
 
 
 def _floored(squares: np.ndarray) -> np.ndarray:
     return np.maximum(squares, _LEAST**2 * squares.mean())
-
-
-class Units(NamedTuple):
-    """The units of a space: how much each matters to what reads it, and its root mean square in terms of its spread."""
-
-    matters: np.ndarray
-    size: np.ndarray
-
-    def ordered(self, order: np.ndarray) -> Units:
-        """In another order."""
-        return Units(self.matters[order], self.size[order])
 
 
 class _Sizes:
@@ -88,7 +88,6 @@ class _Sizes:
         self._tensors = dict(network.named_parameters()) | dict(network.named_buffers())
         self._layers = [layer for layer in structure.layers if layer.name in moments]
         self._gain = {layer.name: self._gain_of(layer) for layer in self._layers}
-        self._mean = {layer.name: moments[layer.name][0].double().cpu().numpy() for layer in self._layers}
         self._variance = {
             layer.name: moments[layer.name][1].double().cpu().numpy() * self._gain[layer.name] ** 2
             for layer in self._layers
@@ -100,14 +99,6 @@ class _Sizes:
         for layer in self._layers:
             if space in layer.spaces:
                 total += self._variance[layer.name][self._structure.parts(layer)[space]].mean(1)
-        return total
-
-    def mean_square(self, space: int) -> np.ndarray:
-        """The squared mean of what computes each unit, where no batch-norm takes it off; of several layers the sum."""
-        total = np.zeros(len(self._structure.spaces[space].units))
-        for layer in self._layers:
-            if space in layer.spaces and layer.batch_norm is None:
-                total += self._mean[layer.name][self._structure.parts(layer)[space]].mean(1) ** 2
         return total
 
     def read(self, space: int, scales: Mapping[int, np.ndarray]) -> np.ndarray:

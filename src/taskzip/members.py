@@ -328,18 +328,6 @@ class Member:
         if space in self.scaled:
             self.scaled[space] = self.scaled[space].ordered(order)
 
-    def is_written_by(self, layer: Layer, space: int) -> bool:
-        """Whether this layer alone computes the units of a space, none before it reads them, and they were scaled."""
-        units = self.structure.spaces[space]
-        before = True
-        for other in self.structure.layers:
-            before = before and other.name != layer.name
-            if other.name != layer.name and units.positions(other.rows).size:
-                return False
-            if before and other.columns is not None and units.positions(other.columns).size:
-                return False
-        return space in self.scaled
-
     def original_rows(self, layer: Layer) -> Tensor | None:
         """Per row of a layer, which row it was in the original network; None where no row has moved."""
         rows = np.arange(layer.units)

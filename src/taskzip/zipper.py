@@ -14,7 +14,6 @@ from taskzip.assembly import install_blocks
 from taskzip.common_units import CommonUnits
 from taskzip.correspondence import JointLayers
 from taskzip.curvature import LayerStatistics
-from taskzip.equalising import balance
 from taskzip.errors import InputError
 from taskzip.graph import OUTPUT, Layer
 from taskzip.guard import check_assembled, check_reading, checked_batch_norm, checked_fit
@@ -25,6 +24,7 @@ from taskzip.ordering import stream_slots
 from taskzip.plan import Quota
 from taskzip.recalibration import batch_norm_statistics, least_squares
 from taskzip.recording import Recorder
+from taskzip.restoring import restore_scales
 from taskzip.ridge import choose_ridge
 from taskzip.settings import Settings
 from taskzip.spaces import JointSpaces, Part, alike, of_one_kind
@@ -76,7 +76,6 @@ class Zipper:
             settle(members[t], layer, statistics[t], weights[t], settings)
         for part, joint in zip(parts, joints, strict=False):
             self._place(part, joint)
-        self._balance(layers, parts)
         if not settings.cross:
             self.common.write(layers, parts, joints)
         shared = sum(joint.shared_rows() for joint in joints)
@@ -90,6 +89,11 @@ class Zipper:
         note = "" if all(layer.pinned == OUTPUT for layer in layers.values()) else obstacle
         costs = (sum(joint.cost for joint in joints), relative_cost) if shared else (0.0, 0.0)
         return self._record(layers, shared, self._groups(parts, joints), costs, before, note)
+
+    def restore_scales(self) -> None:
+        """All layers are zipped: give units the sizes back that they had before."""
+        paired_anew = self.spaces.streams - self.spaces.twisted if self.settings.residual == "independent" else set()
+        restore_scales(self.members, paired_anew)
 
     def _quota(self, layers: JointLayers, parts: Sequence[Part]) -> Quota:
         if layers.alone:
@@ -222,18 +226,6 @@ class Zipper:
                 order = self.members[t].structure.spaces[space].allowed(order)
                 self.members[t].place(space, part.joint, order, joint.slots[t][order])
                 joint.reorder(t, order)
-
-    def _balance(self, layers: JointLayers, parts: Sequence[Part]) -> None:
-        """Units that this layer alone writes are not compared any more, so that their sizes are free."""
-        free = {(t, s) for t, x in layers.items() for s in x.spaces if self.members[t].is_written_by(x, s)}
-        together = [set(part.spaces.items()) for part in parts]
-        together = [spaces for spaces in together if all(s in self.members[t].slots for t, s in spaces)]
-        alone = [{each} for each in free if not any(each in spaces for spaces in together)]
-        for spaces in [*(spaces for spaces in together if spaces <= free), *alone]:
-            members = [(self.members[t], space) for t, space in spaces]
-            slots = [m.slots[s][1] if s in m.slots else np.arange(len(m.scaled[s].size)) for m, s in members]
-            for (member, space), scale in zip(members, balance([m.scaled[s] for m, s in members], slots), strict=True):
-                member.structure.rescale(member.network, space, scale)
 
     def _groups(self, parts: Sequence[Part], joints: Sequence[JointLayer]) -> dict[tuple[str, ...], int]:
         """How many rows which tasks share, most tasks first."""

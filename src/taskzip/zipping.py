@@ -211,6 +211,7 @@ def _zip_layers(tasks: Sequence[Task], settings: Settings, progress: bool) -> tu
                 weights = [weight for member in members for weight in member.pruned_weights()]
                 settings.retraining.run(zipped, tasks, steps, seed=settings.seed, weights=weights)
             bar.advance(todo)
+        zipper.restore_scales()
     return zipped.eval(), zipper.recorder.curves
 
 

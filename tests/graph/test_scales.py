@@ -37,7 +37,7 @@ def check(model: nn.Module, shape: tuple[int, ...]) -> Structure:
     structure, other = analyse(model, x, call), copy.deepcopy(model)
     for space, free in enumerate(structure.scales.free):
         if free:
-            structure.rescale(other, space, np.exp(rng.normal(size=len(structure.spaces[space].units))))
+            structure.rescale(other, {space: np.exp(rng.normal(size=len(structure.spaces[space].units)))})
     with torch.no_grad():
         torch.testing.assert_close(other(x), model(x), rtol=1e-9, atol=1e-9)
     return structure
@@ -152,5 +152,5 @@ def test_an_embedding_begins_a_stream() -> None:
 def test_half_precision_stays() -> None:
     model = chain(nn.ReLU()).to(torch.bfloat16)
     structure = analyse(model, torch.randn(VECTORS, dtype=torch.bfloat16), call)
-    structure.rescale(model, 0, np.full(8, 2.0))
+    structure.rescale(model, {0: np.full(8, 2.0)})
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}

@@ -7,7 +7,7 @@ which they lie: the rows of the layer that computes them, the columns of all tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +18,9 @@ from taskzip.graph._reach import UNREACHED
 from taskzip.graph._scales import Norm, Powers
 from taskzip.graph._units import Ids
 from taskzip.graph.printing import table
+
+Factors = tuple[np.ndarray | None, ...]
+"""By what to multiply the entries of a tensor along each of its axes."""
 
 OUTPUT = "an output of the network"
 """Why the rows of an output layer are pinned."""
@@ -221,22 +224,42 @@ class Structure:
                     index[positions.ravel()] = positions[order].ravel()
                     _permute(tensors[name], dim, index)
 
-    def rescale(self, model: nn.Module, space: int, scale: np.ndarray) -> None:
-        """Make the units of a space larger, unit k of it `scale[k]` > 0 times; `model` computes what it did.
+    def rescale(self, model: nn.Module, scales: Mapping[int, np.ndarray]) -> None:
+        """Make units larger, per space unit k of it `scale[k]` > 0 times; `model` computes what it did.
 
-        The space must be one whose scales are free.
+        The scales of the spaces must be free.
         """
         tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-        variances = {norm: tensors[norm.variance].double().clone() for norm in self.scales.norms}
-        for name, powers in self.scales.powers.items():
-            for dim, (ids, power) in enumerate(zip(self.axes[name], powers, strict=True)):
-                if ids is not None and power and (positions := self.spaces[space].positions(ids)).size:
-                    factor = np.ones(len(ids))
-                    factor[positions] = scale[:, None] ** power
-                    _multiply(tensors[name], dim, factor)
-        for norm, before in variances.items():  # a batch-norm divides by the root of the variance and epsilon
-            grown = (tensors[norm.variance].double() + norm.eps) / (before + norm.eps)
-            _multiply(tensors[norm.weight], 0, grown.sqrt().cpu().numpy())
+        for name, factors in self.factors(scales, tensors.__getitem__).items():
+            multiply(tensors[name], factors)
+
+    def factors(self, scales: Mapping[int, np.ndarray], tensor: Callable[[str], Tensor]) -> dict[str, Factors]:
+        """Per tensor, per axis: by what to multiply it, where units become larger as in `rescale`, which gives these.
+
+        `tensor` gives the variance that a batch-norm knows, as it is.
+        """
+        found = {name: self._factors_of(name, scales) for name in self.scales.powers}
+        for norm in self.scales.norms:  # a batch-norm divides by the root of the variance and epsilon
+            (grown,) = found.get(norm.variance, (None,))
+            if grown is not None:
+                variance = tensor(norm.variance).detach().double().cpu().numpy()
+                found[norm.weight] = (np.sqrt((variance * grown + norm.eps) / (variance + norm.eps)),)
+        return {name: factors for name, factors in found.items() if any(each is not None for each in factors)}
+
+    def _factors_of(self, name: str, scales: Mapping[int, np.ndarray]) -> Factors:
+        return tuple(
+            None if ids is None or not power else self._along(ids, scales, power)
+            for ids, power in zip(self.axes[name], self.scales.powers[name], strict=True)
+        )
+
+    def _along(self, ids: Ids, scales: Mapping[int, np.ndarray], power: int) -> np.ndarray | None:
+        """The scale of every unit of an axis to a power, or None where none of them is scaled."""
+        found = None
+        for space, scale in scales.items():
+            if (positions := self.spaces[space].positions(ids)).size:
+                found = np.ones(len(ids)) if found is None else found
+                found[positions] = scale[:, None] ** power
+        return found
 
     def parts(self, layer: Layer) -> dict[int, np.ndarray]:
         """The rows of a layer by the space in which they lie: [units, rows of each unit]."""
@@ -284,9 +307,14 @@ def _permute(tensor: Tensor, dim: int, index: np.ndarray) -> None:
     tensor.data = tensor.data.index_select(dim, torch.from_numpy(index).to(tensor.device))
 
 
-def _multiply(tensor: Tensor, dim: int, factor: np.ndarray) -> None:
-    shape = [-1 if i == dim else 1 for i in range(tensor.dim())]
-    tensor.data = (tensor.data.double() * torch.from_numpy(factor).to(tensor.device).reshape(shape)).to(tensor.dtype)
+def multiply(tensor: Tensor, factors: Factors) -> None:
+    """Multiply a tensor along its axes, in place, in float64."""
+    product = tensor.data.to(torch.promote_types(tensor.dtype, torch.float64))
+    for dim, factor in enumerate(factors):
+        if factor is not None:
+            shape = [-1 if i == dim else 1 for i in range(tensor.dim())]
+            product = product * torch.from_numpy(factor).to(tensor.device).reshape(shape)
+    tensor.data = product.to(tensor.dtype)
 
 
 def _reads(structure: Structure, layer: Layer) -> str:

@@ -6,7 +6,7 @@ that several tasks use is the same Parameter in each of their networks, like any
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -143,6 +143,22 @@ class Blocks(nn.Module):
         rows = [_row(*each, row.absent) for each, row in zip(self._rows(), self._spec.rows, strict=True)]
         return self._ordered(rows[0] if len(rows) == 1 else torch.cat(rows), 0)
 
+    @property
+    def dense_shape(self) -> tuple[int, ...]:
+        """The shape of the weight or the bias."""
+        return self._shape
+
+    def along(self, units: Tensor, inputs: Tensor) -> Iterator[tuple[nn.Parameter, Tensor, Tensor]]:
+        """The blocks, each with what belongs to it of something known for every unit and input of the dense weight."""
+        for (parts, name), each in zip(self._plan, _unordered(units, self._order()).split(self._groups), strict=True):
+            columns, start = _unordered(inputs, self._buffers[name]), 0
+            for block, few in parts:
+                parameter = self._parameters[block]
+                assert parameter is not None
+                width = 0 if parameter.dim() == 1 else parameter.shape[1] if few is None else few
+                yield parameter, each, columns[start : start + width]
+                start += width
+
     def _rows(self) -> list[Row]:
         """The blocks of each group of rows, and the order into which their columns are put."""
         buffers = self._buffers
@@ -185,6 +201,11 @@ def _row(blocks: list[Tensor], order: Tensor | None, absent: int = 0) -> Tensor:
     if absent:
         whole = torch.cat([whole, whole.new_zeros(len(whole), absent, *whole.shape[2:])], dim=1)
     return whole if order is None else whole.index_select(1, order)
+
+
+def _unordered(values: Tensor, order: Tensor | None) -> Tensor:
+    """What `index_select` with that order would give these."""
+    return values if order is None else torch.empty_like(values).index_copy_(0, order, values)
 
 
 class Zipped:
