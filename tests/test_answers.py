@@ -288,7 +288,7 @@ def test_a_loader_that_gives_other_batches_on_every_pass(
 def passes(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
     """How many samples of each task's data the network runs on with which the joint one is compared, run by run.
 
-    That is a copy with units of equal spreads, by default; the first pass over the data, with the caller's network,
+    That is a copy with units of equal sizes, by default; the first pass over the data, with the caller's network,
     finds these spreads.
     """
     seen: dict[str, list[int]] = {"a": [], "b": []}

@@ -114,7 +114,7 @@ def literal_solution(h: np.ndarray, right: np.ndarray, zero: np.ndarray) -> np.n
 
 def literal_fit(rows: np.ndarray, z: np.ndarray, present: np.ndarray, ridge: float) -> np.ndarray:
     gram = rows.T @ rows
-    pull = ridge * np.maximum(np.diag(gram), 1e-6 * np.mean(np.diag(gram)))
+    pull = ridge * np.maximum(np.diag(gram), 1e-2 * np.mean(np.diag(gram)))
     gram = gram + np.diag(pull)
     d = len(gram) - 1
     fits = []

@@ -47,7 +47,7 @@ def test_is_the_least_of_what_it_minimises(seed: int, rows: int, ridge: float, b
     inputs = torch.cat([x, torch.ones(rows, 1, dtype=DOUBLE)], dim=1).numpy()[:, : 5 if bias else 4]
     d = inputs.shape[1]
     squares = (inputs**2).sum(0)
-    pull = np.sqrt(ridge * np.maximum(squares, 1e-6 * squares.mean()))
+    pull = np.sqrt(ridge * np.maximum(squares, 1e-2 * squares.mean()))
     stacked = np.vstack([inputs, np.diag(pull)])
     wanted = np.vstack([z.numpy(), pull[:, None] * now.numpy()[:, :d].T])
     solution = np.linalg.lstsq(stacked, wanted, rcond=None)[0].T

@@ -175,7 +175,7 @@ def zip_twin(
         data: per task, all its samples.
         share: the fraction of the smaller layer's units that is shared.
         matching: "greedy" or "optimal" (exact; exponential in the number of units).
-        compensate: units are first given equal spreads, and errors count relative to them; least squares
+        compensate: units are first given equal sizes, and errors count relative to them; least squares
             before merging, spread matching after it, and private weights that follow.
         balance: alpha of task A.
         damping, ridge: as in `taskzip.zip`.
@@ -183,7 +183,7 @@ def zip_twin(
         cross: whether shared units keep weights from private ones; without, both networks have biases everywhere.
     """
     original = [Network.of(model) for model in models]
-    known = [_equalise(network, x) if compensate else ([], []) for network, x in zip(original, data, strict=True)]
+    known = [_equalise(network) if compensate else ([], []) for network in original]
     matters = [each for each, _ in known]
     result = Result([network.copy() for network in original])
     zipped = result.networks
@@ -261,23 +261,31 @@ def zip_twin(
     raise AssertionError("a network without layers")
 
 
-def _equalise(network: Network, data: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Scale hidden units to spread 1: ReLU and pooling commute with it, the next layer's weights are divided by it.
+def _equalise(network: Network) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Scale hidden units to size 1: ReLU and pooling commute with it, the next layer's weights are divided by it.
 
-    Returns per layer how much each unit matters, the weights with which it is read by units of spread 1, and how many
-    times as large it was made.
+    A unit's size is the norm of its weights, without the bias, times the sizes of what they read; an input of the
+    network is as large as its weights are small. Returns per layer how much each unit matters, its part of the squared
+    sizes of the units that read it, and how many times as large it was made.
     """
     layers = network.layers
-    spreads = [(network.rows(number, data) @ layer.matrix.T).std(0) for number, layer in enumerate(layers)]
+    first = layers[0].matrix[:, :-1]
+    taps = int(np.prod(layers[0].kernel or ()))
+    strength = np.sqrt((first.reshape(len(first), -1, taps) ** 2).sum(2).mean(0))
+    sizes = [np.linalg.norm(first / strength.repeat(taps), axis=1)]
     for number, (layer, reader) in enumerate(itertools.pairwise(layers)):
-        layer.matrix /= spreads[number][:, None]
-        reader.matrix[:, :-1] *= spreads[number].repeat(reader.columns // layer.units)
+        layer.matrix /= sizes[number][:, None]
+        reader.matrix[:, :-1] *= sizes[number].repeat(reader.columns // layer.units)
+        sizes.append(np.linalg.norm(reader.matrix[:, :-1], axis=1))
     importance = []
     for layer, reader in itertools.pairwise(layers):
         run = reader.columns // layer.units
-        read = [np.sqrt((reader.matrix[:, k * run : (k + 1) * run] ** 2).sum()) for k in range(layer.units)]
-        importance.append(np.array(read) / np.sqrt(np.mean(np.square(read))))
-    return importance, [1 / spread for spread in spreads]
+        squares = reader.matrix[:, :-1] ** 2
+        if reader is not layers[-1]:
+            squares = squares / squares.sum(1, keepdims=True)
+        read = np.array([squares[:, k * run : (k + 1) * run].sum() for k in range(layer.units)])
+        importance.append(np.sqrt(read / read.mean()))
+    return importance, [1 / size for size in sizes[:-1]]
 
 
 def _restore(networks: Sequence[Network], pairs: Sequence[Sequence[tuple[int, int]]], scales: Sequence[list]) -> None:
@@ -302,8 +310,8 @@ def _least_squares(x: np.ndarray, z: np.ndarray, layer: Layer, ridge: float) -> 
 
 
 def _mean_squares(curvature: np.ndarray) -> np.ndarray:
-    """Of each input; one that is all but dead has a millionth of the mean."""
-    return np.maximum(np.diag(curvature), 1e-6 * np.mean(np.diag(curvature)))
+    """Of each input; one that is rarely on has a hundredth of the mean."""
+    return np.maximum(np.diag(curvature), 1e-2 * np.mean(np.diag(curvature)))
 
 
 def _shared_columns(networks: Sequence[Network], number: int, shared_before: int | None) -> list[np.ndarray]:

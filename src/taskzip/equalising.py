@@ -3,17 +3,21 @@
 ReLU, pooling, sums and convolutions commute with positive scaling, so that how large activations are between them is
 an accident of training: units f times as large, read with 1/f of the weights, are the same network. Curvatures,
 differences and ridges are not the same; units that happen to be large would rule the merged weights.
+
+How large a unit is, is told by weights alone, so that equal units of two networks stay equal, whatever their data: the
+norm of its incoming weights, each in terms of how large the unit is that it reads; the scale of batch-norm behind it.
+What the network is given has the sizes that training made its weights for: their inverse.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from taskzip.curvature import Moments
 from taskzip.graph import Layer, Structure
 
 _LEAST = 1e-3
@@ -31,28 +35,25 @@ class Units(NamedTuple):
         return Units(self.matters[order], self.scale[order])
 
 
-def equalise(network: nn.Module, structure: Structure, moments: Mapping[str, Moments]) -> dict[int, Units]:
-    """Give every unit whose scale is free the spread 1, in place.
+def equalise(network: nn.Module, structure: Structure) -> dict[int, Units]:
+    """Give every unit whose scale is free the size 1, in place.
 
-    The spread is that of what the unit's layer answers, or batch-norm right behind it; of a residual stream's unit, the
-    root of the summed variances of all layers that write into it. In half precision scales are powers of two, so that
-    no weight is rounded.
+    The square of a residual stream's unit is the sum over all layers that write into it. In half precision scales are
+    powers of two, so that no weight is rounded.
 
     Args:
         network: computes the same afterwards.
         structure: of the network.
-        moments: per layer, mean and variance of its answers; what has none (complex numbers) is left out.
 
     Returns:
-        Per space whose units were scaled, by how much, and how much each of them matters: what it gives to the layers
-        that read it, relative to the spread of these, with a root mean square of 1 over the units.
+        Per space whose units were scaled, by how much, and how much each of them matters: which part it has of the
+        units that read it, with a root mean square of 1 over the units.
     """
-    sizes = _Sizes(network, structure, moments)
-    variances = {space: sizes.variance(space) for space, free in enumerate(structure.scales.free) if free}
-    scales = {space: _floored(variance) ** -0.5 for space, variance in variances.items() if variance.any()}
+    sizes = _Sizes(network, structure)
+    scales = {space: _floored(squares) ** -0.5 for space, squares in sizes.spaces.items() if squares.any()}
     if any(p.dtype.itemsize < 4 for p in network.parameters()):
         scales = {space: np.exp2(np.round(np.log2(scale))) for space, scale in scales.items()}
-    importance = {space: sizes.read(space, scales) / scale**2 for space, scale in scales.items()}
+    importance = {space: sizes.parts_of(space, scales) for space in scales}
     structure.rescale(network, scales)
     return {space: Units(_relative(each), scales[space]) for space, each in importance.items()}
 
@@ -77,53 +78,84 @@ def _relative(squares: np.ndarray) -> np.ndarray:
 
 
 def _floored(squares: np.ndarray) -> np.ndarray:
-    return np.maximum(squares, _LEAST**2 * squares.mean())
+    return np.maximum(squares, _LEAST**2 * squares.mean() + np.finfo(float).tiny)
 
 
 class _Sizes:
-    """How large units are, and with which weights they are read; behind batch-norm, where that follows a layer."""
+    """The squared sizes of units, layer by layer in the order in which they run.
 
-    def __init__(self, network: nn.Module, structure: Structure, moments: Mapping[str, Moments]) -> None:
-        self._structure = structure
-        self._tensors = dict(network.named_parameters()) | dict(network.named_buffers())
-        self._layers = [layer for layer in structure.layers if layer.name in moments]
-        self._gain = {layer.name: self._gain_of(layer) for layer in self._layers}
-        self._variance = {
-            layer.name: moments[layer.name][1].double().cpu().numpy() * self._gain[layer.name] ** 2
-            for layer in self._layers
-        }
+    Attributes:
+        spaces: per space whose scales are free and that a layer writes, the square of each unit.
+    """
 
-    def variance(self, space: int) -> np.ndarray:
-        """Of each unit, summed over the layers that write it (a residual stream has several)."""
-        total = np.zeros(len(self._structure.spaces[space].units))
-        for layer in self._layers:
-            if space in layer.spaces:
-                total += self._variance[layer.name][self._structure.parts(layer)[space]].mean(1)
-        return total
+    def __init__(self, network: nn.Module, structure: Structure) -> None:
+        self._network, self._structure = network, structure
+        self.spaces: dict[int, np.ndarray] = {}
+        self._rows: dict[str, np.ndarray] = {}  # per layer, the square of each row
+        self._inputs: dict[str, np.ndarray] = {}  # and of each input, as it was when the layer ran
+        for layer in structure.layers:
+            self._add(layer)
 
-    def read(self, space: int, scales: Mapping[int, np.ndarray]) -> np.ndarray:
-        """The squared weights with which each unit is read, relative to the variance of what reads it."""
-        total = np.zeros(len(self._structure.spaces[space].units))
-        for layer in self._layers:
-            if layer.columns is None or len(layer.columns) != layer.inputs:  # a grouped convolution reads its own units
-                continue
-            places = self._structure.spaces[space].positions(layer.columns)
-            size = np.ones(layer.units)
-            for other, rows in self._structure.parts(layer).items():
-                size[rows] = scales[other][:, None] if other in scales else 1
-            spread = float((self._variance[layer.name] * size**2).sum())
-            if places.size and spread:
-                weight = self._number(layer.weight).reshape(layer.units, layer.inputs, -1)
-                weight = weight * (self._gain[layer.name] * size)[:, None, None]
-                total += (weight**2).sum((0, 2))[places].sum(1) / spread
-        return total
-
-    def _gain_of(self, layer: Layer) -> np.ndarray | float:
+    def _add(self, layer: Layer) -> None:
+        parts = {s: rows for s, rows in self._structure.parts(layer).items() if self._structure.scales.free[s]}
+        if self._network.get_parameter(layer.weight).is_complex() or (_grouped(layer) and parts.keys() & self.spaces):
+            return  # a grouped convolution passes units on that are known already
+        squares = self._squares(layer)
+        inputs = self._inputs[layer.name] = self._input_squares(layer, squares)
         norm = layer.batch_norm
-        if norm is None:
-            return 1.0
-        gain = 1.0 if norm.weight is None else np.abs(self._number(norm.weight))
-        return gain / np.sqrt(self._number(norm.variance) + norm.eps)
+        if norm is None or norm.weight is None:
+            rows = _product(squares, inputs)
+        else:
+            rows = self._network.get_parameter(norm.weight).detach().double().square().cpu().numpy()
+        self._rows[layer.name] = rows
+        for space, places in parts.items():
+            self.spaces[space] = self.spaces.get(space, 0) + rows[places].mean(1)
 
-    def _number(self, name: str) -> np.ndarray:
-        return self._tensors[name].detach().double().cpu().numpy()
+    def _squares(self, layer: Layer) -> Tensor:
+        """The squared weights of a layer, summed over the taps: [units, inputs]."""
+        weight = self._network.get_parameter(layer.weight).detach()
+        return (
+            weight.reshape(layer.units, layer.inputs, -1)
+            .to(torch.promote_types(weight.dtype, torch.float32))
+            .square()
+            .sum(2)
+        )
+
+    def _input_squares(self, layer: Layer, squares: Tensor) -> np.ndarray:
+        """The square of each input: of a unit that is sized, else the inverse of the mean square of its weights."""
+        found = 1 / _floored(squares.double().mean(0).cpu().numpy())
+        for space, places in self._read(layer):
+            found[places] = self.spaces[space][:, None]
+        return found
+
+    def _read(self, layer: Layer) -> Iterator[tuple[int, np.ndarray]]:
+        """The sized spaces that a layer reads, and the inputs in which each unit lies: [units, times]."""
+        if layer.columns is None or _grouped(layer):
+            return
+        for space in self.spaces:
+            if (places := self._structure.spaces[space].positions(layer.columns)).size:
+                yield space, places
+
+    def parts_of(self, space: int, scales: dict[int, np.ndarray]) -> np.ndarray:
+        """Which part each unit of a space has of the units that read it, these scaled; summed over the layers."""
+        total = np.zeros(len(self.spaces[space]))
+        for layer in self._structure.layers:
+            places = dict(self._read(layer)).get(space) if layer.name in self._rows else None
+            if places is None:
+                continue
+            rows = self._rows[layer.name].copy()
+            for other, own in self._structure.parts(layer).items():
+                rows[own] *= scales[other][:, None] ** 2 if other in scales else 1
+            squares, inputs = self._squares(layer), self._inputs[layer.name]
+            weights = rows / np.maximum(_product(squares, inputs), np.finfo(float).tiny)
+            total += (_product(squares.T, weights) * inputs / max(rows.sum(), np.finfo(float).tiny))[places].sum(1)
+        return total
+
+
+def _grouped(layer: Layer) -> bool:
+    """Whether its units read a part of the inputs, for example their own."""
+    return layer.columns is not None and len(layer.columns) != layer.inputs
+
+
+def _product(matrix: Tensor, vector: np.ndarray) -> np.ndarray:
+    return (matrix @ torch.from_numpy(vector).to(matrix)).double().cpu().numpy()

@@ -31,8 +31,6 @@ Owners = tuple[int, ...]
 Slots = dict[int, tuple[int, np.ndarray]]
 """Per space of a task, its joint space and the slot of each unit: units of two tasks in one slot belong together."""
 
-_SPREAD_SAMPLES = 1024
-"""So many samples tell the spreads of units, to which these are scaled."""
 _FEW = 8
 """So many samples show in which order layers answer."""
 
@@ -48,7 +46,7 @@ class Member:
         network: the working copy, zipped in place, in eval mode.
         structure: layers and spaces of the network.
         original: the network that `network` should agree with: the caller's, or a copy with batch-norm folded and with
-            units of equal spreads.
+            units of equal sizes.
         folded: the layers that batch-norms were folded into, before or behind them, and these batch-norms.
         unfolded: where folding was wanted, the batch-norms that stay private, and why.
         pruned: the layers whose zeros are missing connections.
@@ -60,7 +58,7 @@ class Member:
     """
 
     def __init__(
-        self, task: Task, seed: int, *, number: int = 0, fold_batch_norm: bool = False, equal_spreads: bool = False
+        self, task: Task, seed: int, *, number: int = 0, fold_batch_norm: bool = False, equal_sizes: bool = False
     ) -> None:
         self.task = task
         self.number = number
@@ -82,7 +80,7 @@ class Member:
         self._check_orders(batch, answers, seed)
         self.changed = False
         self.answers = Answers()
-        self.scaled = self._equalise(batch, answers, seed) if equal_spreads and self.structure.layers else {}
+        self.scaled = self._equalise(batch, answers) if equal_sizes else {}
 
     def _first_answers(self, batch: Batch) -> Any:
         with evaluating(self.network):
@@ -130,11 +128,9 @@ class Member:
         """The layers that compute with real numbers."""
         return [layer for layer in self.structure.layers if not self.network.get_parameter(layer.weight).is_complex()]
 
-    def _equalise(self, batch: Batch, answers: Any, seed: int) -> dict[int, Units]:
-        """Give units equal spreads in the working copy; a copy of it becomes the network to agree with."""
-        layers = self._real_layers()
-        moments = self.observer(None, seed).moments(layers, _SPREAD_SAMPLES) if layers else {}
-        scaled = equalise(self.network, self.structure, moments)
+    def _equalise(self, batch: Batch, answers: Any) -> dict[int, Units]:
+        """Give units equal sizes in the working copy; a copy of it becomes the network to agree with."""
+        scaled = equalise(self.network, self.structure)
         if scaled and not self._agrees((), (), batch, answers):
             raise GraphError(
                 f"task {self.task.name!r}: with its units scaled the network gives other outputs, so their readers "

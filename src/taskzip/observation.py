@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from taskzip.answers import Answers
-from taskzip.curvature import LayerStatistics, Moments
+from taskzip.curvature import LayerStatistics
 from taskzip.errors import GraphError, InputError
 from taskzip.graph import Layer
 from taskzip.task import Batch, Task, device_of, input_tensors, samples_in
@@ -224,25 +224,6 @@ class Observer:
                     before.update(z[:, :0], z if rows is None else z[:, rows.to(z.device)])
         self._check(now, layer)
         return before, now
-
-    def moments(self, layers: Sequence[Layer], samples: int) -> dict[str, Moments]:
-        """Mean and variance of what the original network answers in each layer, over the first so many samples."""
-        device = device_of(self.original)
-        found = {layer.name: LayerStatistics(0, layer.units, device) for layer in layers}
-
-        def take(layer: Layer, read: _Read) -> None:
-            z = _outputs(read, layer).flatten(0, -2)
-            found[layer.name].update(z[:, :0], z)
-
-        with evaluating(self.original):
-            for index, batch in enumerate(self.task.batches()):
-                self._run(self.original, layers, take, batch, index)
-                samples -= samples_in(batch)
-                if samples <= 0:
-                    break
-        for layer in layers:
-            self._check(found[layer.name], layer)
-        return {name: statistics.answer_moments() for name, statistics in found.items()}
 
     def survey(self, layers: Sequence[Layer], wanted: Collection[str]) -> dict[str, LayerStatistics]:
         """Remember what the original network answers in these layers, in one pass over the data.

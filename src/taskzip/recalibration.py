@@ -18,8 +18,9 @@ from taskzip.sparsity import fit, fit_on_support, solve_on_support, support
 _ROUNDING = 1e-9
 """Corrections below this, relative to a unit's spread, are rounding: units that agree stay exactly as they are."""
 
-_DEAD = 1e-6
-"""Mean squares of inputs are no smaller than this, relative to their mean over all inputs."""
+_RARE = 1e-2
+"""Mean squares of inputs are no smaller than this, relative to their mean over all inputs: what is rarely on would be
+read with large weights that few rows tell."""
 
 _MOST = 2.0
 """Scales are no larger, nor smaller than its inverse: what lost more than that is noise, or all but constant."""
@@ -54,9 +55,9 @@ def least_squares(
 
 
 def _mean_squares(h: Float[Tensor, "d d"] | Factored) -> Float[Tensor, " d"]:
-    """The diagonal of a curvature; inputs that are all but dead count as having a small one."""
+    """The diagonal of a curvature; inputs that are rarely on count as having a small one."""
     own = h.rows.square().sum(0) if isinstance(h, Factored) else h.diagonal()
-    return own.clamp_min(_DEAD * own.mean() + torch.finfo(own.dtype).tiny)
+    return own.clamp_min(_RARE * own.mean() + torch.finfo(own.dtype).tiny)
 
 
 def _fitted(

@@ -18,7 +18,7 @@ Spaces = list[tuple[int, int]]
 
 
 def restore_scales(members: Sequence[Member], paired_anew: Collection[int]) -> None:
-    """Undo what gave units equal spreads, in place; shared units become as large as the geometric mean of theirs.
+    """Undo what gave units equal sizes, in place; shared units become as large as the geometric mean of theirs.
 
     Args:
         members: the tasks, all of whose layers are zipped.

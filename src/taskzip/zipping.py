@@ -174,7 +174,7 @@ def _zip_layers(tasks: Sequence[Task], settings: Settings, progress: bool) -> tu
     """Algorithm 1: layer by layer, each from inputs computed by the networks as zipped so far."""
     fold, relative = settings.batch_norm == "fold", settings.relative
     members = [
-        Member(task, settings.seed, number=t, fold_batch_norm=fold, equal_spreads=relative)
+        Member(task, settings.seed, number=t, fold_batch_norm=fold, equal_sizes=relative)
         for t, task in enumerate(tasks)
     ]
     _check_layers(members)
