@@ -183,7 +183,12 @@ def zip_twin(
         cross: whether shared units keep weights from private ones; without, both networks have biases everywhere.
     """
     original = [Network.of(model) for model in models]
-    known = [_equalise(network) if compensate else ([], []) for network in original]
+    known: Sequence[tuple[list[np.ndarray], list[np.ndarray]]] = [([], []), ([], [])]
+    if compensate:
+        variances = [x.var((0, *range(2, x.ndim))) for x in data]  # of each channel
+        if len({len(each) for each in variances}) == 1:
+            variances = [(variances[0] + variances[1]) / 2] * 2
+        known = [_equalise(network, np.sqrt(each)) for network, each in zip(original, variances, strict=True)]
     matters = [each for each, _ in known]
     result = Result([network.copy() for network in original])
     zipped = result.networks
@@ -261,18 +266,17 @@ def zip_twin(
     raise AssertionError("a network without layers")
 
 
-def _equalise(network: Network) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def _equalise(network: Network, spread: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Scale hidden units to size 1: ReLU and pooling commute with it, the next layer's weights are divided by it.
 
-    A unit's size is the norm of its weights, without the bias, times the sizes of what they read; an input of the
-    network is as large as its weights are small. Returns per layer how much each unit matters, its part of the squared
-    sizes of the units that read it, and how many times as large it was made.
+    A unit's size is the norm of its weights, without the bias, times the sizes of what they read, which are spreads
+    for the inputs of the network. Returns per layer how much each unit matters, its part of the squared sizes of the
+    units that read it, and how many times as large it was made.
     """
     layers = network.layers
     first = layers[0].matrix[:, :-1]
     taps = int(np.prod(layers[0].kernel or ()))
-    strength = np.sqrt((first.reshape(len(first), -1, taps) ** 2).sum(2).mean(0))
-    sizes = [np.linalg.norm(first / strength.repeat(taps), axis=1)]
+    sizes = [np.linalg.norm(first * spread.repeat(taps), axis=1)]
     for number, (layer, reader) in enumerate(itertools.pairwise(layers)):
         layer.matrix /= sizes[number][:, None]
         reader.matrix[:, :-1] *= sizes[number].repeat(reader.columns // layer.units)

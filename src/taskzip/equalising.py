@@ -6,12 +6,12 @@ differences and ridges are not the same; units that happen to be large would rul
 
 How large a unit is, is told by weights alone, so that equal units of two networks stay equal, whatever their data: the
 norm of its incoming weights, each in terms of how large the unit is that it reads; the scale of batch-norm behind it.
-What the network is given has the sizes that training made its weights for: their inverse.
+How much varies what the networks are given, all of them have in common.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -35,7 +35,7 @@ class Units(NamedTuple):
         return Units(self.matters[order], self.scale[order])
 
 
-def equalise(network: nn.Module, structure: Structure) -> dict[int, Units]:
+def equalise(network: nn.Module, structure: Structure, variances: Mapping[str, np.ndarray]) -> dict[int, Units]:
     """Give every unit whose scale is free the size 1, in place.
 
     The square of a residual stream's unit is the sum over all layers that write into it. In half precision scales are
@@ -44,12 +44,13 @@ def equalise(network: nn.Module, structure: Structure) -> dict[int, Units]:
     Args:
         network: computes the same afterwards.
         structure: of the network.
+        variances: of each input of the layers that read what the network is given, by their names.
 
     Returns:
         Per space whose units were scaled, by how much, and how much each of them matters: which part it has of the
         units that read it, with a root mean square of 1 over the units.
     """
-    sizes = _Sizes(network, structure)
+    sizes = _Sizes(network, structure, variances)
     scales = {space: _floored(squares) ** -0.5 for space, squares in sizes.spaces.items() if squares.any()}
     if any(p.dtype.itemsize < 4 for p in network.parameters()):
         scales = {space: np.exp2(np.round(np.log2(scale))) for space, scale in scales.items()}
@@ -88,8 +89,8 @@ class _Sizes:
         spaces: per space whose scales are free and that a layer writes, the square of each unit.
     """
 
-    def __init__(self, network: nn.Module, structure: Structure) -> None:
-        self._network, self._structure = network, structure
+    def __init__(self, network: nn.Module, structure: Structure, variances: Mapping[str, np.ndarray]) -> None:
+        self._network, self._structure, self._variances = network, structure, variances
         self.spaces: dict[int, np.ndarray] = {}
         self._rows: dict[str, np.ndarray] = {}  # per layer, the square of each row
         self._inputs: dict[str, np.ndarray] = {}  # and of each input, as it was when the layer ran
@@ -101,7 +102,7 @@ class _Sizes:
         if self._network.get_parameter(layer.weight).is_complex() or (_grouped(layer) and parts.keys() & self.spaces):
             return  # a grouped convolution passes units on that are known already
         squares = self._squares(layer)
-        inputs = self._inputs[layer.name] = self._input_squares(layer, squares)
+        inputs = self._inputs[layer.name] = self._input_squares(layer)
         norm = layer.batch_norm
         if norm is None or norm.weight is None:
             rows = _product(squares, inputs)
@@ -121,9 +122,9 @@ class _Sizes:
             .sum(2)
         )
 
-    def _input_squares(self, layer: Layer, squares: Tensor) -> np.ndarray:
-        """The square of each input: of a unit that is sized, else the inverse of the mean square of its weights."""
-        found = 1 / _floored(squares.double().mean(0).cpu().numpy())
+    def _input_squares(self, layer: Layer) -> np.ndarray:
+        """The square of each input as far as it is known, else 1."""
+        found = self._variances.get(layer.name, np.ones(layer.inputs)).copy()
         for space, places in self._read(layer):
             found[places] = self.spaces[space][:, None]
         return found

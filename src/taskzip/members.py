@@ -31,6 +31,9 @@ Owners = tuple[int, ...]
 Slots = dict[int, tuple[int, np.ndarray]]
 """Per space of a task, its joint space and the slot of each unit: units of two tasks in one slot belong together."""
 
+_SAMPLES = 1024
+"""So many samples tell how much the inputs of the network vary."""
+
 _FEW = 8
 """So many samples show in which order layers answer."""
 
@@ -57,9 +60,7 @@ class Member:
         scaled: per space whose units were scaled before zipping, what is known of them.
     """
 
-    def __init__(
-        self, task: Task, seed: int, *, number: int = 0, fold_batch_norm: bool = False, equal_sizes: bool = False
-    ) -> None:
+    def __init__(self, task: Task, seed: int, *, number: int = 0, fold_batch_norm: bool = False) -> None:
         self.task = task
         self.number = number
         self._check_parameters()
@@ -80,7 +81,7 @@ class Member:
         self._check_orders(batch, answers, seed)
         self.changed = False
         self.answers = Answers()
-        self.scaled = self._equalise(batch, answers) if equal_sizes else {}
+        self.scaled: dict[int, Units] = {}
 
     def _first_answers(self, batch: Batch) -> Any:
         with evaluating(self.network):
@@ -127,18 +128,6 @@ class Member:
     def _real_layers(self) -> list[Layer]:
         """The layers that compute with real numbers."""
         return [layer for layer in self.structure.layers if not self.network.get_parameter(layer.weight).is_complex()]
-
-    def _equalise(self, batch: Batch, answers: Any) -> dict[int, Units]:
-        """Give units equal sizes in the working copy; a copy of it becomes the network to agree with."""
-        scaled = equalise(self.network, self.structure)
-        if scaled and not self._agrees((), (), batch, answers):
-            raise GraphError(
-                f"task {self.task.name!r}: with its units scaled the network gives other outputs, so their readers "
-                f"were misunderstood; please report the architecture. compensate='output' leaves units as they are."
-            )
-        if scaled:
-            self.original = copy_of(self.network)
-        return scaled
 
     def _check_orders(self, batch: Batch, answers: Any, seed: int) -> None:
         """Re-order every space at random in a copy of the network: it must still give its own outputs.
@@ -235,6 +224,32 @@ class Member:
     def _moves_beside(self, layer: Layer) -> bool:
         """Whether units have moved that lie along other axes of what a layer reads."""
         return any(space in self._orders for space in layer.beside)
+
+    def input_variances(self, seed: int) -> dict[str, np.ndarray]:
+        """Per layer that reads what the network is given, the variance of each input over the first samples."""
+        layers = [layer for layer in self._real_layers() if layer.reads_input]
+        return self.observer(None, seed).input_variances(layers, _SAMPLES) if layers else {}
+
+    def equalise(self, variances: Mapping[str, np.ndarray]) -> None:
+        """Give units equal sizes in the working copy; a copy of it becomes the network to agree with.
+
+        Args:
+            variances: per layer that reads what the network is given, of each input.
+
+        Raises:
+            GraphError: the network then computes something else.
+        """
+        batch = next(self.task.batches())
+        with evaluating(self.network):
+            answers = run_batch(self.task, self.network, batch, 0)
+        self.scaled = equalise(self.network, self.structure, variances)
+        if self.scaled and not self._agrees((), (), batch, answers):
+            raise GraphError(
+                f"task {self.task.name!r}: with its units scaled the network gives other outputs, so their readers "
+                f"were misunderstood; please report the architecture. compensate='output' leaves units as they are."
+            )
+        if self.scaled:
+            self.original = copy_of(self.network)
 
     def observer(self, max_rows: MaxRows, seed: int) -> Observer:
         """What reads layers of this task."""

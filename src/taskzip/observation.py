@@ -14,6 +14,7 @@ from functools import partial
 from types import FunctionType, ModuleType
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -224,6 +225,23 @@ class Observer:
                     before.update(z[:, :0], z if rows is None else z[:, rows.to(z.device)])
         self._check(now, layer)
         return before, now
+
+    def input_variances(self, layers: Sequence[Layer], samples: int) -> dict[str, np.ndarray]:
+        """Of each input of these layers, over the first so many samples; grouped convolutions are left out."""
+        found: dict[str, LayerStatistics] = {}
+
+        def take(layer: Layer, read: _Read) -> None:
+            x = _outputs(read._replace(z=read.x), layer).flatten(0, -2)
+            if x.shape[1] == layer.inputs:
+                found.setdefault(layer.name, LayerStatistics(0, layer.inputs, x.device)).update(x[:, :0], x)
+
+        with evaluating(self.original):
+            for index, batch in enumerate(self.task.batches()):
+                self._run(self.original, layers, take, batch, index)
+                samples -= samples_in(batch)
+                if samples <= 0:
+                    break
+        return {name: statistics.answer_moments()[1].cpu().numpy() for name, statistics in found.items()}
 
     def survey(self, layers: Sequence[Layer], wanted: Collection[str]) -> dict[str, LayerStatistics]:
         """Remember what the original network answers in these layers, in one pass over the data.

@@ -24,7 +24,7 @@ from taskzip.ordering import stream_slots
 from taskzip.plan import Quota
 from taskzip.recalibration import batch_norm_statistics, least_squares
 from taskzip.recording import Recorder
-from taskzip.restoring import restore_scales
+from taskzip.resizing import restore_scales
 from taskzip.ridge import choose_ridge
 from taskzip.settings import Settings
 from taskzip.spaces import JointSpaces, Part, alike, of_one_kind

@@ -1,4 +1,4 @@
-"""Units are given the sizes back that they had before zipping, in networks whose weights are blocks by now."""
+"""Units of all tasks are given equal sizes before they are zipped, and the sizes back that they had when they are."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from taskzip.correspondence import JointLayers
 from taskzip.equalising import restored
 from taskzip.graph import multiply
 from taskzip.members import Member
@@ -15,6 +16,23 @@ from taskzip.zipped.blocks import installed
 
 Spaces = list[tuple[int, int]]
 """Tasks, and a space of each."""
+
+
+def equal_sizes(members: Sequence[Member], layers: Sequence[JointLayers], seed: int) -> None:
+    """Give the units of all tasks equal sizes, in place (`equalising`).
+
+    What the networks are given varies as much as it does in the mean of those tasks whose layers correspond, so that
+    equal networks stay equal on different data.
+    """
+    own = [member.input_variances(seed) for member in members]
+    joint: list[dict[str, np.ndarray]] = [{} for _ in members]
+    for each in layers:
+        given = {t: own[t][layer.name] for t, layer in each.items() if layer.name in own[t]}
+        for t, variance in given.items():
+            alike = [other for other in given.values() if len(other) == len(variance)]
+            joint[t][each[t].name] = np.mean(alike, axis=0)
+    for member, variances in zip(members, joint, strict=True):
+        member.equalise(variances)
 
 
 def restore_scales(members: Sequence[Member], paired_anew: Collection[int]) -> None:
