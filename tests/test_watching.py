@@ -95,6 +95,13 @@ def test_the_step_is_lowered_where_it_does_harm() -> None:
     assert sizes == [1e-3, 1e-2]
 
 
+def disturb(zipped: tz.ZippedModel) -> None:
+    """So that there is something to learn."""
+    with torch.no_grad():
+        for parameter in zipped.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("loss", ["labels", "distill"])
 def test_other_precisions_learn_and_stay_what_they_are(dtype: torch.dtype, loss: Any) -> None:
@@ -103,6 +110,7 @@ def test_other_precisions_learn_and_stay_what_they_are(dtype: torch.dtype, loss:
     ]
     zipped = tz.zip(tasks, share=1.0, progress=False)
     assert {p.dtype for p in zipped.parameters()} == {dtype}
+    disturb(zipped)
     tz.retrain(zipped, tasks, steps=40, loss=loss, progress=False)
     held_out = zipped.history.later[-1]["held_out_loss"]
     assert held_out["after"] < (0.97 if loss == "labels" else 0.9) * held_out["before"]
@@ -136,6 +144,7 @@ def test_small_steps_add_up_in_half_precision() -> None:
 def test_autocast_around_retraining_reads_the_weights_anew() -> None:
     tasks = [task(rows(seed), seed) for seed in (0, 1)]
     zipped = tz.zip(tasks, share=1.0, progress=False)
+    disturb(zipped)
     with torch.autocast("cpu", torch.bfloat16):
         tz.retrain(zipped, tasks, steps=40, loss="distill", progress=False)
     held_out = zipped.history.later[-1]["held_out_loss"]

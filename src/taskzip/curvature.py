@@ -188,14 +188,17 @@ class LayerStatistics:
 
 
 def _gram(x: Float[Tensor, "rows d"]) -> Float[Tensor, "d d"]:
-    """x^T x; where it is large, blocks below the diagonal are copies of those above."""
+    """x^T x, symmetric to the last bit; where it is large, blocks below the diagonal are copies of those above."""
     d = x.shape[1]
     if d <= _SMALL:
-        return x.mT @ x
+        gram = x.mT @ x
+        return gram.tril() + gram.tril(-1).mT
     gram = x.new_empty(d, d)
     for start in range(0, d, _BLOCK):
         stop = min(start + _BLOCK, d)
         gram[start:stop, start:] = x[:, start:stop].mT @ x[:, start:]
+        block = gram[start:stop, start:stop]
+        block.copy_(block.tril() + block.tril(-1).mT)
         gram[stop:, start:stop] = gram[start:stop, stop:].mT
     return gram
 

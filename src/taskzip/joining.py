@@ -22,7 +22,7 @@ from taskzip.members import Owners
 from taskzip.plan import Quota
 from taskzip.recalibration import match_spread
 from taskzip.slots import assign_slots, pair_in_slots
-from taskzip.sparsity import Connections
+from taskzip.sparsity import Connections, support
 from taskzip.wholes import match_within, partners, searched
 
 
@@ -276,8 +276,8 @@ class JointLayer:
         units = torch.cat([group.units[joint], new[:, None]], dim=1)
         present = {t: self.weights[t][self._rows_of(t, units[:, k])] for k, t in enumerate(owners)}
         after = {t: meeting.written(t, before, merged) for t, before in present.items()}
-        if not meeting.is_pruned(joint, new):
-            self._check_merging(present, after, cost)
+        if not any(self._sides[t].pruned and support(rows, bias=True) is not None for t, rows in present.items()):
+            self._check_merging(present, after, cost)  # d does not know of missing connections
         for k, t in enumerate(owners):
             self.weights[t] = self.weights[t].index_copy(0, self._rows_of(t, units[:, k]), after[t])
         left = _without(torch.arange(len(group.units), device=joint.device), joint)

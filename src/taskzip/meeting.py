@@ -157,13 +157,6 @@ class Meeting:
         weights, present = (self._taken(each, joint, new) for each in (self._weights, self._present))
         return merge_weights(weights, self._curvatures, self._exists(present, connections))
 
-    def is_pruned(self, joint: Tensor, new: Tensor) -> bool:
-        """Whether pairs lack connections; d does not know of them."""
-        if not all(self._sides[t].pruned for t in (*self.owners, self.task)):
-            return False
-        taken = self._taken(self._present, joint, new)
-        return any(support(w, bias=self._common.bias) is not None for w in taken)
-
     def written(self, task: int, before: Tensor, merged: Tensor) -> Tensor:
         """All weights of an owner's rows that get these common ones."""
         if not self._sides[task].cross:

@@ -241,6 +241,9 @@ class Observer:
                 samples -= samples_in(batch)
                 if samples <= 0:
                     break
+        for layer in layers:
+            if layer.name in found:
+                self._check(found[layer.name], layer)
         return {name: statistics.answer_moments()[1].cpu().numpy() for name, statistics in found.items()}
 
     def survey(self, layers: Sequence[Layer], wanted: Collection[str]) -> dict[str, LayerStatistics]:

@@ -528,10 +528,10 @@ def read_by(model: nn.Module, name: str, x: Tensor) -> Tensor:
 
 
 def order_of(norm: _BatchNorm, original: _BatchNorm) -> Tensor:
-    """Which of the original's units stands where: scales move, but never change."""
-    same = norm.weight[:, None] == original.weight[None]
-    assert (same.sum(1) == 1).all()
-    return same.int().argmax(1)
+    """Which of the original's units stands where: however large units are, their shift is as large as their scale."""
+    found = ((norm.bias / norm.weight)[:, None] - original.bias / original.weight).abs().argmin(1)
+    assert len(found.unique()) == len(found)
+    return found
 
 
 def check_follows(network: nn.Module, original: nn.Module, name: str, x: Tensor) -> bool:
@@ -543,11 +543,10 @@ def check_follows(network: nn.Module, original: nn.Module, name: str, x: Tensor)
     assert torch.cat([old.var(0), new.var(0)]).min() > 1e-6
     ratio = new.var(0, correction=0) / old.var(0, correction=0)
     mean = new.mean(0) - (old.mean(0) - before.running_mean[order]) * ratio.sqrt()
-    variance = (before.running_var[order] + before.eps) * ratio - before.eps
     assert_close(norm.running_mean, mean, 1e-8)
-    assert_close(norm.running_var, variance, 1e-8)
-    answers = [(new - norm.running_mean) / (norm.running_var + norm.eps).sqrt()]
-    answers += [(old - before.running_mean[order]) / (before.running_var[order] + before.eps).sqrt()]
+    gain, gain_before = (each.weight / each.bias / (each.running_var + each.eps).sqrt() for each in (norm, before))
+    assert_close(gain, gain_before[order] / ratio.sqrt(), 1e-8)  # relative to the shift: units may be of another size
+    answers = (new - norm.running_mean) * gain, (old - before.running_mean[order]) * gain_before[order]
     for moment in (lambda y: y.mean(0), lambda y: y.std(0)):
         assert_close(moment(answers[0]), moment(answers[1]), 1e-8)
     return not torch.allclose(ratio, torch.ones_like(ratio), rtol=1e-3)
