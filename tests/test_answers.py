@@ -286,18 +286,19 @@ def test_a_loader_that_gives_other_batches_on_every_pass(
 
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
-    """How many samples of each task's data the network runs on with which the joint one is compared, run by run.
+    """How many samples of each task's data the network runs on that the joint one is compared with, run by run.
 
-    That is a copy with units of equal sizes, by default; the first pass over the data, with the caller's network,
-    finds these spreads.
+    What looks at the network's first inputs alone runs no layer.
     """
     seen: dict[str, list[int]] = {"a": [], "b": []}
     run = Observer._run
 
-    def counted(observer: Observer, model: nn.Module, layers: Any, take: Any, batch: Any, index: int) -> None:
-        if model is observer.original:
+    def counted(
+        observer: Observer, model: nn.Module, layers: Any, take: Any, batch: Any, *more: Any, **of: Any
+    ) -> None:
+        if model is observer.original and of.get("outputs", True):
             seen[observer.task.name].append(samples_in(batch))
-        run(observer, model, layers, take, batch, index)
+        run(observer, model, layers, take, batch, *more, **of)
 
     monkeypatch.setattr(Observer, "_run", counted)
     return seen
@@ -312,33 +313,33 @@ def long_mlp(layers: int) -> nn.Module:
 def test_the_original_network_runs_once_however_many_layers_there_are(
     layers: int, options: dict[str, Any], passes: dict[str, list[int]]
 ) -> None:
-    """And once for the spreads of its units."""
     models, data = [long_mlp(layers) for _ in "ab"], [list(vectors().split(9)) for _ in "ab"]
     run_zip(models, data, **options)
-    assert passes["a"] == passes["b"] == 2 * [9, 9, 9, 9, 9, 5]
+    assert passes["a"] == passes["b"] == [9, 9, 9, 9, 9, 5]
 
 
 def test_without_memory_it_runs_once_per_layer(monkeypatch: pytest.MonkeyPatch, passes: dict[str, list[int]]) -> None:
     forget_all(monkeypatch)
     models, data = [long_mlp(3) for _ in "ab"], [list(vectors().split(9)) for _ in "ab"]
     run_zip(models, data)
-    assert len(passes["a"]) == 6 * (2 + 4)  # twice for all, and again for every layer behind the first
+    assert len(passes["a"]) == 6 * (1 + 4)  # once for all, and again for every layer behind the first
 
 
 def test_where_residual_streams_are_put_into_order_it_runs_no_more_often(passes: dict[str, list[int]]) -> None:
     models, data = [Sums().to(DOUBLE) for _ in "ab"], [list(vectors().split(9)) for _ in "ab"]
     run_zip(models, data)
-    assert len(passes["b"]) == 6 * 2
+    assert len(passes["b"]) == 6
 
 
 def test_a_loader_that_shuffles_makes_it_run_again(passes: dict[str, list[int]]) -> None:
     models, data = [long_mlp(2) for _ in "ab"], [vectors(), vectors()]
     run_zip(models, [Shuffled(data[0], 9), [data[1]]])
-    assert len(passes["a"]) == 6 * (2 + 3)
+    assert len(passes["a"]) == 6 * (1 + 3)
 
 
 def test_where_nothing_is_asked_of_it_it_never_runs(passes: dict[str, list[int]]) -> None:
-    """Without compensation and batch-norm."""
+    """Without compensation and batch-norm, and where nothing is shared."""
     models, data = [long_mlp(2) for _ in "ab"], [[vectors()], [vectors()]]
     run_zip(models, data, compensate=False)
+    run_zip(models, data, share=0.0)
     assert passes["a"] == []

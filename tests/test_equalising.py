@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import taskzip as tz
+from taskzip.graph import Structure
 
 
 class Residual(nn.Module):
@@ -116,3 +117,23 @@ def test_dead_units_and_units_that_nothing_reads_stay_finite() -> None:
         models[0][2].weight[:, 1] = 0
         models[1][0].bias -= 100  # all of them
     assert all(each.isfinite().all() for each in answers(models, data, 0.5))
+
+
+def test_a_reader_that_was_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    models, data = made(cnn)
+    factors = Structure.factors
+
+    def without_readers(self: Structure, *given: Any) -> dict[str, Any]:
+        return {name: (each[0], *(None for _ in each[1:])) for name, each in factors(self, *given).items()}
+
+    monkeypatch.setattr(Structure, "factors", without_readers)
+    with pytest.raises(tz.GraphError, match=r"task 'a': scaling the units of '0' changes the outputs"):
+        answers(models, data, 0.5)
+    answers(models, data, 0.5, compensate="output")
+
+
+def test_equal_networks_stay_equal_on_different_data() -> None:
+    (model, _), data = made(cnn)
+    given = answers([model, copy.deepcopy(model)], [data[0], [3 * x - 1 for x in data[1]]], 1.0)
+    with torch.no_grad():
+        assert_same(given, [model(data[0][0]), model(3 * data[1][0] - 1)])

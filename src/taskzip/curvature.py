@@ -191,16 +191,19 @@ def _gram(x: Float[Tensor, "rows d"]) -> Float[Tensor, "d d"]:
     """x^T x, symmetric to the last bit; where it is large, blocks below the diagonal are copies of those above."""
     d = x.shape[1]
     if d <= _SMALL:
-        gram = x.mT @ x
-        return gram.tril() + gram.tril(-1).mT
+        return _symmetric(x.mT @ x)
     gram = x.new_empty(d, d)
     for start in range(0, d, _BLOCK):
         stop = min(start + _BLOCK, d)
         gram[start:stop, start:] = x[:, start:stop].mT @ x[:, start:]
-        block = gram[start:stop, start:stop]
-        block.copy_(block.tril() + block.tril(-1).mT)
+        gram[start:stop, start:stop] = _symmetric(gram[start:stop, start:stop].clone())
         gram[stop:, start:stop] = gram[start:stop, stop:].mT
     return gram
+
+
+def _symmetric(gram: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+    """With what lies below the diagonal above it, too: rounding differs. Writes into the matrix."""
+    return gram.tril_().add_(gram.tril(-1).mT)
 
 
 @overload

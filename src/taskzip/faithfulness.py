@@ -20,7 +20,7 @@ from taskzip.zipped.summary import how_far
 
 log = logging.getLogger("taskzip")
 
-SAMPLES = 256
+SAMPLES = 128
 """About so many samples are compared, in batches from all over the data."""
 
 FAR = 0.5
@@ -35,7 +35,7 @@ _FARTHER = 5.0
 _AT_ONCE = 16
 """At least so many samples are taken of a batch."""
 
-_BETWEEN = 64
+_BETWEEN = 32
 """So many samples are looked at half-way."""
 
 _CONSTANT = 1e-8

@@ -31,7 +31,7 @@ Owners = tuple[int, ...]
 Slots = dict[int, tuple[int, np.ndarray]]
 """Per space of a task, its joint space and the slot of each unit: units of two tasks in one slot belong together."""
 
-_SAMPLES = 1024
+_SAMPLES = 256
 """So many samples tell how much the inputs of the network vary."""
 
 _FEW = 8
@@ -60,7 +60,9 @@ class Member:
         scaled: per space whose units were scaled before zipping, what is known of them.
     """
 
-    def __init__(self, task: Task, seed: int, *, number: int = 0, fold_batch_norm: bool = False) -> None:
+    def __init__(
+        self, task: Task, seed: int, *, number: int = 0, fold_batch_norm: bool = False, equal_sizes: bool = False
+    ) -> None:
         self.task = task
         self.number = number
         self._check_parameters()
@@ -78,11 +80,10 @@ class Member:
         self.pruned = pruned_layers(weights)
         self.slots: Slots = {}
         self._orders: dict[int, np.ndarray] = {}  # per space, which of the original's units stands in each place
-        self._check_orders(batch, answers, seed)
+        self._check_orders(batch, answers, seed, equal_sizes)
         self.changed = False
         self.answers = Answers()
         self.scaled: dict[int, Units] = {}
-        self._first = batch, answers
 
     def _first_answers(self, batch: Batch) -> Any:
         with evaluating(self.network):
@@ -130,8 +131,10 @@ class Member:
         """The layers that compute with real numbers."""
         return [layer for layer in self.structure.layers if not self.network.get_parameter(layer.weight).is_complex()]
 
-    def _check_orders(self, batch: Batch, answers: Any, seed: int) -> None:
+    def _check_orders(self, batch: Batch, answers: Any, seed: int, sizes: bool) -> None:
         """Re-order every space at random in a copy of the network: it must still give its own outputs.
+
+        So must it with units of other sizes, if they are to be given equal ones.
 
         Raises:
             GraphError: it does not, naming the layer whose units were misread.
@@ -139,16 +142,23 @@ class Member:
         """
         rng = np.random.default_rng(seed)
         orders = [space.allowed(rng.permutation(len(space.units))) for space in self.structure.spaces]
-        if self._agrees(orders, range(len(orders)), batch, answers):
+        free = [space for space, free in enumerate(self.structure.scales.free) if free and sizes]
+        scales = {space: 2.0 ** rng.integers(-1, 2, len(orders[space])) for space in free}
+        if self._agrees(orders, range(len(orders)), batch, answers, scales):
             self._check_layers(orders, batch)
             return
         self._check_steady(batch)
         for space in range(len(orders)):
+            layer = next((x.name for x in self.structure.layers if space in x.spaces), "an unnamed layer")
             if not self._agrees(orders, [space], batch, answers):
-                layer = next((x.name for x in self.structure.layers if space in x.spaces), "an unnamed layer")
                 raise GraphError(
                     f"task {self.task.name!r}: re-ordering the units of {layer!r} changes the outputs, so its readers "
                     f"were misunderstood. Please report the architecture; the network cannot be zipped as it is."
+                )
+            if space in scales and not self._agrees((), (), batch, answers, {space: scales[space]}):
+                raise GraphError(
+                    f"task {self.task.name!r}: scaling the units of {layer!r} changes the outputs, so its readers "
+                    f"were misunderstood. Please report the architecture; compensate='output' leaves units as they are."
                 )
         raise GraphError(
             f"task {self.task.name!r}: re-ordering hidden units changes the outputs; please report the network."
@@ -195,8 +205,16 @@ class Member:
         layers = [replace(x, solvable=x.solvable and x.name not in unsolved) for x in self.structure.layers]
         self.structure = replace(self.structure, layers=tuple(layers))
 
-    def _agrees(self, orders: Sequence[np.ndarray], spaces: Sequence[int], batch: Batch, answers: Any) -> bool:
+    def _agrees(
+        self,
+        orders: Sequence[np.ndarray],
+        spaces: Sequence[int],
+        batch: Batch,
+        answers: Any,
+        scales: Mapping[int, np.ndarray] | None = None,
+    ) -> bool:
         network = self._reordered(orders, spaces)
+        self.structure.rescale(network, scales or {})
         with evaluating(network):
             given = run_batch(self.task, network, batch, 0)
         return _same(answers, given)
@@ -236,16 +254,8 @@ class Member:
 
         Args:
             variances: per layer that reads what the network is given, of each input.
-
-        Raises:
-            GraphError: the network then computes something else.
         """
         self.scaled = equalise(self.network, self.structure, variances)
-        if self.scaled and not self._agrees((), (), *self._first):
-            raise GraphError(
-                f"task {self.task.name!r}: with its units scaled the network gives other outputs, so their readers "
-                f"were misunderstood; please report the architecture. compensate='output' leaves units as they are."
-            )
         if self.scaled:
             self.original = copy_of(self.network)
 

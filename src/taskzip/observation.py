@@ -45,10 +45,10 @@ class _Reached(BaseException):
 
 
 class _Read(NamedTuple):
-    """One call of a layer: its input, its output, and for a convolution how it slides."""
+    """One call of a layer: its input, its output if that was computed, and for a convolution how it slides."""
 
     x: Tensor
-    z: Tensor
+    z: Tensor | None
     slide: dict[str, Any] | None
 
 
@@ -59,9 +59,15 @@ class _Recorder(TorchFunctionMode):
     off; inside them `linear` is caught by its name.
     """
 
-    def __init__(self, weights: Mapping[int, Layer], take: Callable[[Layer, _Read], None]) -> None:
-        """Layers by the id of their weight, and what to do with each read; what comes after may write into it."""
+    def __init__(
+        self, weights: Mapping[int, Layer], take: Callable[[Layer, _Read], None], *, outputs: bool = True
+    ) -> None:
+        """Layers by the id of their weight, and what to do with each read; what comes after may write into it.
+
+        Without `outputs` the last of all calls is not computed.
+        """
         super().__init__()
+        self._outputs = outputs
         self._weights = weights
         self._take = take
         self.left = {layer.name: layer.calls for layer in weights.values()}
@@ -78,14 +84,16 @@ class _Recorder(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _keep(self, func: Callable[..., Tensor], slide: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        result = func(*args, **kwargs)
         given = slide | dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
         layer = self._weights.get(id(given["weight"]))
+        wanted = layer is None or self._outputs or sum(self.left.values()) > 1
+        result = func(*args, **kwargs) if wanted else None
         if layer is not None:
             self._take(layer, _Read(given["input"], result, {name: given[name] for name in slide} or None))
             self.left[layer.name] -= 1
             if not any(self.left.values()):
                 raise _Reached
+        assert result is not None
         return result
 
 
@@ -187,18 +195,20 @@ class Observer:
         with evaluating(self.network, self.original):
             for index, batch in enumerate(self.task.batches()):
                 recalled = self.answers.recall(layer.name, batch, index) if changed else None
-                reads = self._reads(self.network, layer, batch, index)
+                reads = self._reads(self.network, layer, batch, index, outputs=not changed)
                 others = self._reads(self.original, layer, batch, index) if changed and recalled is None else reads
                 chunks = iter(recalled or ())
                 for read, other in zip(reads, others, strict=True):
-                    inputs, outputs = _inputs(read, layer), _outputs(other, layer)
-                    for where, weight in self._choose(outputs.shape[:-1], layer, samples_in(batch), generator):
-                        z = next(chunks) if recalled else outputs[where]
+                    inputs = _inputs(read, layer)
+                    places = inputs.shape[: inputs.dim() - 1 - len(layer.kernel)]
+                    outputs = None if recalled else _outputs(other, layer)
+                    for where, weight in self._choose(places, layer, samples_in(batch), generator):
+                        z = next(chunks) if outputs is None else outputs[where]
                         z = z[:, rows.to(z.device)] if changed and rows is not None else z
                         x = inputs[where].flatten(1)
                         if hold_out:
                             held = statistics.held_out_beside(z) if held is None else held
-                            out = (seen + _samples_of(where, outputs.shape[:-1], samples_in(batch))) % _HELD_OUT == 0
+                            out = (seen + _samples_of(where, places, samples_in(batch))) % _HELD_OUT == 0
                             held.update(x[out], z[out], weight)
                             x, z = x[~out], z[~out]
                         statistics.update(x, z, weight)
@@ -231,13 +241,13 @@ class Observer:
         found: dict[str, LayerStatistics] = {}
 
         def take(layer: Layer, read: _Read) -> None:
-            x = _outputs(read._replace(z=read.x), layer).flatten(0, -2)
+            x = _by_channel(read.x, layer).flatten(0, -2)
             if x.shape[1] == layer.inputs:
                 found.setdefault(layer.name, LayerStatistics(0, layer.inputs, x.device)).update(x[:, :0], x)
 
         with evaluating(self.original):
             for index, batch in enumerate(self.task.batches()):
-                self._run(self.original, layers, take, batch, index)
+                self._run(self.original, layers, take, batch, index, outputs=False)
                 samples -= samples_in(batch)
                 if samples <= 0:
                     break
@@ -283,21 +293,32 @@ class Observer:
                 f"task {self.task.name!r}, layer {layer.name!r}: its inputs or outputs are NaN or infinite on the data."
             )
 
-    def _reads(self, model: nn.Module, layer: Layer, batch: Batch, index: int) -> Sequence[_Read]:
+    def _reads(
+        self, model: nn.Module, layer: Layer, batch: Batch, index: int, *, outputs: bool = True
+    ) -> Sequence[_Read]:
         reads: list[_Read] = []
 
         def keep(layer: Layer, read: _Read) -> None:
             last = len(reads) + 1 == layer.calls
-            reads.append(read if last else read._replace(x=read.x.clone(), z=read.z.clone()))
+            z = read.z.clone() if read.z is not None and outputs and not last else read.z
+            reads.append(read if last else _Read(read.x.clone(), z, read.slide))
 
-        self._run(model, [layer], keep, batch, index)
+        self._run(model, [layer], keep, batch, index, outputs=outputs)
         return reads
 
     def _run(
-        self, model: nn.Module, layers: Sequence[Layer], take: Callable[[Layer, _Read], None], batch: Batch, index: int
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        take: Callable[[Layer, _Read], None],
+        batch: Batch,
+        index: int,
+        *,
+        outputs: bool = True,
     ) -> None:
         """Run a batch as far as these layers."""
-        recorder = _Recorder({id(model.get_parameter(layer.weight)): layer for layer in layers}, take)
+        weights = {id(model.get_parameter(layer.weight)): layer for layer in layers}
+        recorder = _Recorder(weights, take, outputs=outputs)
         try:
             with recorder:
                 run_batch(self.task, model, batch, index)
@@ -366,8 +387,14 @@ def _inputs(read: _Read, layer: Layer) -> Tensor:
 
 def _outputs(read: _Read, layer: Layer) -> Tensor:
     """What a layer answers: [*places, units]."""
-    z = _at_least_float32(read.z)
-    if read.slide is None:
+    assert read.z is not None
+    return _by_channel(read.z, layer)
+
+
+def _by_channel(z: Tensor, layer: Layer) -> Tensor:
+    """What a layer reads or answers, its channels last: [*places, channels]."""
+    z = _at_least_float32(z)
+    if not layer.kernel:
         return z.reshape(-1, z.shape[-1])
     channel = z.dim() - 1 - len(layer.kernel)
     return z.movedim(channel, -1) if channel else z.movedim(0, -1)[None]

@@ -173,15 +173,18 @@ def _zip(tasks: Sequence[Task], settings: Settings, progress: bool) -> tuple[Zip
 
 def _zip_layers(tasks: Sequence[Task], settings: Settings, progress: bool) -> tuple[ZippedModel, list[Curve]]:
     """Algorithm 1: layer by layer, each from inputs computed by the networks as zipped so far."""
-    fold = settings.batch_norm == "fold"
-    members = [Member(task, settings.seed, number=t, fold_batch_norm=fold) for t, task in enumerate(tasks)]
+    fold, relative = settings.batch_norm == "fold", settings.relative
+    members = [
+        Member(task, settings.seed, number=t, fold_batch_norm=fold, equal_sizes=relative)
+        for t, task in enumerate(tasks)
+    ]
     _check_layers(members)
     layers = correspond([task.name for task in tasks], [m.structure for m in members], settings.layers)
     known = list(dict.fromkeys(layer.name for layer in layers if not layer.alone))
     check_names("share", settings.plan.named(), known)
     check_names("retrain", settings.retraining.named(), known)
     settings.retraining.check(tasks)
-    if settings.relative:
+    if relative:
         equal_sizes(members, layers, settings.seed)
     zipped = ZippedModel({member.task.name: member.network for member in members})
     _say_what_is_not_folded(members)

@@ -229,6 +229,8 @@ class Structure:
 
         The scales of the spaces must be free.
         """
+        if not scales:
+            return
         tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         for name, factors in self.factors(scales, tensors.__getitem__).items():
             multiply(tensors[name], factors)
