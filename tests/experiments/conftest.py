@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
-from taskzip.experiments import methods, networks
+from taskzip.experiments import methods, networks, pairs
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -44,3 +44,4 @@ def small(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TASKZIP_DATA", str(data))
     monkeypatch.setattr(networks, "ITERATIONS", {"lenet300": 40, "lenet5": 40})
     monkeypatch.setattr(methods, "LATER", [(2, "labels"), (2, "distill")])
+    monkeypatch.setattr(pairs, "IMAGES", 100)
