@@ -137,3 +137,19 @@ def test_equal_networks_stay_equal_on_different_data() -> None:
     given = answers([model, copy.deepcopy(model)], [data[0], [3 * x - 1 for x in data[1]]], 1.0)
     with torch.no_grad():
         assert_same(given, [model(data[0][0]), model(3 * data[1][0] - 1)])
+
+
+def test_units_are_as_large_as_before_and_shared_ones_as_the_geometric_mean() -> None:
+    (model, _), data = made(mlp)
+    other = copy.deepcopy(model)
+    larger = torch.tensor([4.0 ** (k % 3 - 1) for k in range(9)], dtype=torch.float64)
+    with torch.no_grad():
+        other[0].weight *= larger[:, None]
+        other[0].bias *= larger
+        other[2].weight /= larger
+    tasks = [tz.Task(name, net, data[0]) for name, net in zip("ab", (model, other), strict=True)]
+    zipped = tz.zip(tasks, share={"0": 4}, progress=False)
+    wanted = torch.cat([model[0].weight, other[0].weight, model[0].weight * larger.sqrt()[:, None]])
+    for name in "ab":
+        weight = zipped.materialize(name)[0].weight
+        assert (torch.cdist(weight, wanted).min(1).values < 1e-6 * weight.norm(dim=1)).all()

@@ -22,6 +22,7 @@ from taskzip.assembly import install_blocks
 from taskzip.graph import OUTPUT, Layer, Structure
 from taskzip.settings import Settings
 from taskzip.zipped.blocks import installed
+from taskzip.zipper import Zipper
 
 DOUBLE = torch.float64
 
@@ -722,6 +723,25 @@ def test_sharing_nothing_changes_nothing(name: str) -> None:
         assert all(map(torch.equal, outputs(zipped[task], each), outputs(model, each)))
     assert zipped.parameter_count() == count(*models)
     assert zipped.shared_parameter_count() == 0
+
+
+SIZES: list[dict[str, Any]] = [
+    {"share": 0.5},
+    {"share": 0.6, "residual": "independent"},
+    {"share": 0.5, "cross": False},
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_giving_units_their_sizes_back_changes_no_answer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In dense weights and in blocks, of which tasks have parts; what one task has alone is as it was."""
+    models, x = [network(name, seed) for seed in range(3)], [data(name, seed) for seed in range(3)]
+    options = SIZES[list(HAZARDS).index(name) % len(SIZES)]
+    zipped = zipped_of(name, models, x, **options)
+    monkeypatch.setattr(Zipper, "restore_scales", lambda self: None)
+    scaled = zipped_of(name, models, x, **options)
+    for task, each in zip(zipped, x, strict=True):
+        assert_close(outputs(zipped[task], each), outputs(scaled[task], each), 1e-8)
 
 
 # --- what is shared is one Parameter -------------------------------------------------------------------------------

@@ -21,9 +21,6 @@ from taskzip.factored import Factored, quadratic
 MUCH = 0.1
 """A step that raises the mean error of a layer's units by this part of what they vary is a fault, no rounding."""
 
-LARGEST_SCALE = 10.0
-"""A unit that kept less than a hundredth of its variance answers something else: larger, that would be noise."""
-
 _ROUNDING = 1e-3
 """What is left below this part, relative to what a unit varies, is rounding."""
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from taskzip.alignment import CommonInputs, JointInputs
 from taskzip.curvature import Moments
-from taskzip.guard import LARGEST_SCALE, check_merging, check_pairing, some, spread_is_better
+from taskzip.guard import check_merging, check_pairing, some, spread_is_better
 from taskzip.matching import Matching, Pairs, match
 from taskzip.meeting import Meeting, TaskLayer
 from taskzip.members import Owners
@@ -173,10 +173,11 @@ class JointLayer:
         candidates = [(owners, self._inputs.common(owners, task)) for owners in self.groups]
         meetings = [self._meeting(owners, task, common) for owners, common in candidates if common.channels]
         slots = np.concatenate([np.empty(0, np.int64), *(self.groups[m.owners].slots for m in meetings)])
-        pairs = self._pair(task, meetings, slots)
         none = self.weights[task].new_zeros(0, len(self._rows[task]))
-        counted = torch.cat([none, *(self._importance(task, meeting) for meeting in meetings)])
-        pairs = pairs._replace(cost=pairs.cost / counted[pairs.a, pairs.b])
+        importance = torch.cat([none, *(self._importance(task, meeting) for meeting in meetings)])
+        difference = importance * torch.cat([none, *(meeting.difference for meeting in meetings)])
+        pairs = self._pair(task, meetings, slots, difference)
+        pairs = pairs._replace(cost=pairs.cost / importance[pairs.a, pairs.b])
         self.costs.append(pairs.cost)
         start = 0
         for meeting in meetings:
@@ -187,14 +188,15 @@ class JointLayer:
         if len(free):
             self.groups[task,] = Group(free, self.slots[task][free[:, 0].cpu().numpy()])
 
-    def _pair(self, task: int, meetings: Sequence[Meeting], slots: np.ndarray) -> Pairs:
-        """Which joint units the units of a task share weights with; settles in which slots the task's units stand."""
-        difference = [meeting.difference * self._importance(task, meeting) for meeting in meetings]
+    def _pair(self, task: int, meetings: Sequence[Meeting], slots: np.ndarray, d: Tensor) -> Pairs:
+        """Which joint units the units of a task share weights with; settles in which slots the task's units stand.
+
+        `d` are the differences that count, [joint, new].
+        """
         new, count = len(self._rows[task]), 1 + max(int(each.max()) for each in self.slots.values())
         pairing, quota = self._pairing, self._pairing.quotas[task]
         within = self._within(task, meetings) if self._given is None else None
         if self._given is None and not pairing.aligned:
-            d = torch.cat([self.weights[task].new_zeros(0, new), *difference])
             most = min(quota.pairs, *d.shape)
             if within is None:
                 pairs = match(d, count=most, threshold=quota.threshold, method=pairing.matching, seed=pairing.seed)
@@ -207,7 +209,7 @@ class JointLayer:
             self.slots[task] = count + np.arange(new)
             self.slots[task][pairs.b.cpu().numpy()] = slots[pairs.a.cpu().numpy()]
             return pairs
-        cost = np.concatenate([np.empty((0, new)), *(each.double().cpu().numpy() for each in difference)])
+        cost = d.double().cpu().numpy()
         method, seed = pairing.matching, pairing.seed
         self.slots[task] = (
             assign_slots(cost, slots, count, quota, method=method, seed=seed, within=within)
@@ -320,8 +322,8 @@ class JointLayer:
             for weights in (before, after)
         )
         balance = [side.balance / sum(each.balance for each in sides) for side in sides]
-        better = scale <= LARGEST_SCALE
-        better[units] &= spread_is_better(f"layer {sides[-1].layer.name!r}", wanted, was, now, balance)
+        better = torch.ones_like(scale, dtype=torch.bool)
+        better[units] = spread_is_better(f"layer {sides[-1].layer.name!r}", wanted, was, now, balance)
         return better
 
     def _shared(self) -> list[tuple[Owners, Tensor]]:
