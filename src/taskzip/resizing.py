@@ -83,11 +83,11 @@ def _rescale(members: Sequence[Member], scales: Sequence[dict[int, np.ndarray]])
             if name not in blocks:
                 multiply(tensors[name], factors)
                 continue
-            shape = blocks[name].dense_shape
+            shape, device = blocks[name].dense_shape, next(blocks[name].parameters()).device
             whole = [np.ones(n) if factor is None else factor for n, factor in zip(shape, factors, strict=True)]
-            units, inputs = (torch.from_numpy(factor) for factor in (*whole, np.empty(0))[:2])
+            units, inputs = (torch.from_numpy(factor).to(device) for factor in (*whole, np.empty(0))[:2])
             for parameter, rows, columns in blocks[name].along(units, inputs):
                 if parameter not in shared or len(columns) > len(shared[parameter][1]):
-                    shared[parameter] = (rows.numpy(), columns.numpy())
+                    shared[parameter] = (rows.cpu().numpy(), columns.cpu().numpy())
     for parameter, pair in shared.items():
         multiply(parameter, (*pair, *(None,) * parameter.dim())[: parameter.dim()])
