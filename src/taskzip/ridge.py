@@ -24,7 +24,7 @@ DEFAULT = 0.1
 _EQUAL = 0.02
 """Errors that differ by less than this part of the smallest are about equal."""
 
-_UNITS = 64
+_UNITS = 32
 """So many units of a layer are asked, spread evenly over it."""
 
 
