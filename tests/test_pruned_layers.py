@@ -152,6 +152,7 @@ def test_accidental_zeros_are_weights_like_any_other(
 
     monkeypatch.setattr(sparsity, "support", unexpected)
     monkeypatch.setattr("taskzip.meeting.support", unexpected)
+    monkeypatch.setattr("taskzip.joining.support", unexpected)
     monkeypatch.setattr("taskzip.recalibration.support", unexpected)
     zipped = zipped_of(models, **options)
     for name, task in zip("ab", tasks_of(models), strict=True):

@@ -11,7 +11,7 @@ How much varies what the networks are given, all of them have in common.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -54,7 +54,7 @@ def equalise(network: nn.Module, structure: Structure, variances: Mapping[str, n
     scales = {space: _floored(squares) ** -0.5 for space, squares in sizes.spaces.items() if squares.any()}
     if any(p.dtype.itemsize < 4 for p in network.parameters()):
         scales = {space: np.exp2(np.round(np.log2(scale))) for space, scale in scales.items()}
-    importance = {space: sizes.parts_of(space, scales) for space in scales}
+    importance = sizes.parts(scales)
     structure.rescale(network, scales)
     return {space: Units(_relative(each), scales[space]) for space, each in importance.items()}
 
@@ -125,31 +125,32 @@ class _Sizes:
     def _input_squares(self, layer: Layer) -> np.ndarray:
         """The square of each input as far as it is known, else 1."""
         found = self._variances.get(layer.name, np.ones(layer.inputs)).copy()
-        for space, places in self._read(layer):
+        for space, places in self._read(layer).items():
             found[places] = self.spaces[space][:, None]
         return found
 
-    def _read(self, layer: Layer) -> Iterator[tuple[int, np.ndarray]]:
+    def _read(self, layer: Layer) -> dict[int, np.ndarray]:
         """The sized spaces that a layer reads, and the inputs in which each unit lies: [units, times]."""
         if layer.columns is None or _grouped(layer):
-            return
-        for space in self.spaces:
-            if (places := self._structure.spaces[space].positions(layer.columns)).size:
-                yield space, places
+            return {}
+        found = {space: self._structure.spaces[space].positions(layer.columns) for space in self.spaces}
+        return {space: places for space, places in found.items() if places.size}
 
-    def parts_of(self, space: int, scales: dict[int, np.ndarray]) -> np.ndarray:
-        """Which part each unit of a space has of the units that read it, these scaled; summed over the layers."""
-        total = np.zeros(len(self.spaces[space]))
+    def parts(self, scales: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
+        """Per scaled space, which part each unit has of the units that read it, scaled; summed over the layers."""
+        total = {space: np.zeros(len(scale)) for space, scale in scales.items()}
         for layer in self._structure.layers:
-            places = dict(self._read(layer)).get(space) if layer.name in self._rows else None
-            if places is None:
+            read = {space: places for space, places in self._read(layer).items() if space in scales}
+            if layer.name not in self._rows or not read:
                 continue
             rows = self._rows[layer.name].copy()
-            for other, own in self._structure.parts(layer).items():
-                rows[own] *= scales[other][:, None] ** 2 if other in scales else 1
+            for space, own in self._structure.parts(layer).items():
+                rows[own] *= scales[space][:, None] ** 2 if space in scales else 1
             squares, inputs = self._squares(layer), self._inputs[layer.name]
             weights = rows / np.maximum(_product(squares, inputs), np.finfo(float).tiny)
-            total += (_product(squares.T, weights) * inputs / max(rows.sum(), np.finfo(float).tiny))[places].sum(1)
+            parts = _product(squares.T, weights) * inputs / max(rows.sum(), np.finfo(float).tiny)
+            for space, places in read.items():
+                total[space] += parts[places].sum(1)
         return total
 
 

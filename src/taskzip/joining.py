@@ -193,7 +193,7 @@ class JointLayer:
 
         `d` are the differences that count, [joint, new].
         """
-        new, count = len(self._rows[task]), 1 + max(int(each.max()) for each in self.slots.values())
+        cost, count = d.double().cpu().numpy(), 1 + max(int(each.max()) for each in self.slots.values())
         pairing, quota = self._pairing, self._pairing.quotas[task]
         within = self._within(task, meetings) if self._given is None else None
         if self._given is None and not pairing.aligned:
@@ -203,13 +203,11 @@ class JointLayer:
                 if pairing.matching == "optimal" and quota.threshold is None:
                     check_pairing(f"layer {self._sides[task].layer.name!r}", d, pairs.cost)
             else:
-                cost = d.double().cpu().numpy()
                 pairs = match_within(cost, within, quota, method=pairing.matching, seed=pairing.seed)
                 pairs = Pairs(*(each.to(d.device) for each in pairs))
-            self.slots[task] = count + np.arange(new)
+            self.slots[task] = count + np.arange(d.shape[1])
             self.slots[task][pairs.b.cpu().numpy()] = slots[pairs.a.cpu().numpy()]
             return pairs
-        cost = d.double().cpu().numpy()
         method, seed = pairing.matching, pairing.seed
         self.slots[task] = (
             assign_slots(cost, slots, count, quota, method=method, seed=seed, within=within)

@@ -299,9 +299,9 @@ class Observer:
         reads: list[_Read] = []
 
         def keep(layer: Layer, read: _Read) -> None:
-            last = len(reads) + 1 == layer.calls
-            z = read.z.clone() if read.z is not None and outputs and not last else read.z
-            reads.append(read if last else _Read(read.x.clone(), z, read.slide))
+            if len(reads) + 1 < layer.calls:
+                read = read._replace(x=read.x.clone(), z=read.z.clone() if outputs and read.z is not None else None)
+            reads.append(read)
 
         self._run(model, [layer], keep, batch, index, outputs=outputs)
         return reads

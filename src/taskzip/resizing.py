@@ -79,7 +79,7 @@ def _rescale(members: Sequence[Member], scales: Sequence[dict[int, np.ndarray]])
     for member, each in zip(members, scales, strict=True):
         blocks = installed(member.network)
         tensors = dict(member.network.named_parameters()) | dict(member.network.named_buffers())
-        for name, factors in member.structure.factors(each, tensors.__getitem__).items():
+        for name, factors in member.structure.factors(each, tensors).items():
             if name not in blocks:
                 multiply(tensors[name], factors)
                 continue

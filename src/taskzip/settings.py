@@ -46,7 +46,7 @@ class Settings:
 
     @property
     def relative(self) -> bool:
-        """Whether errors of units count relative to the units' own spread; as they are in the paper's procedure."""
+        """Whether units get equal sizes and errors count relative to a layer's variance; the paper's do not."""
         return self.compensate is True and self.plan != Share(0.0)
 
     def as_dict(self) -> dict[str, Any]:

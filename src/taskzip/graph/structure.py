@@ -7,7 +7,7 @@ which they lie: the rows of the layer that computes them, the columns of all tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -232,19 +232,16 @@ class Structure:
         if not scales:
             return
         tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-        for name, factors in self.factors(scales, tensors.__getitem__).items():
+        for name, factors in self.factors(scales, tensors).items():
             multiply(tensors[name], factors)
 
-    def factors(self, scales: Mapping[int, np.ndarray], tensor: Callable[[str], Tensor]) -> dict[str, Factors]:
-        """Per tensor, per axis: by what to multiply it, where units become larger as in `rescale`, which gives these.
-
-        `tensor` gives the variance that a batch-norm knows, as it is.
-        """
+    def factors(self, scales: Mapping[int, np.ndarray], tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
+        """Per tensor, per axis: by what `rescale` multiplies it; of `tensors` the variances of batch-norms are read."""
         found = {name: self._factors_of(name, scales) for name in self.scales.powers}
         for norm in self.scales.norms:  # a batch-norm divides by the root of the variance and epsilon
             (grown,) = found.get(norm.variance, (None,))
             if grown is not None:
-                variance = tensor(norm.variance).detach().double().cpu().numpy()
+                variance = tensors[norm.variance].detach().double().cpu().numpy()
                 found[norm.weight] = (np.sqrt((variance * grown + norm.eps) / (variance + norm.eps)),)
         return {name: factors for name, factors in found.items() if any(each is not None for each in factors)}
 
