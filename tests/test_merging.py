@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from taskzip.difference import functional_difference
+from taskzip.factored import Factored
 from taskzip.merging import merge_weights
 
 
@@ -84,6 +87,52 @@ def test_an_input_that_one_task_never_reads_takes_the_other_weight() -> None:
     w_a, w_b = weights(3, 4), weights(3, 4)
     w_b = torch.cat([w_a[:, :2], w_b[:, 2:3], w_a[:, 3:]], dim=1)
     torch.testing.assert_close(merge_weights([w_a, w_b], [h_a, h_b]), w_b)
+
+
+def spread_over(d: int) -> Factored:
+    return Factored(torch.randn(2, d, dtype=torch.float64), torch.full((d,), 0.1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("made", [curvature, spread_over])
+@pytest.mark.parametrize("masked", [False, True])
+def test_errors_of_rows_that_matter_more_count_more(made: Callable[[int], Tensor | Factored], masked: bool) -> None:
+    """Each row as if merged alone, with its curvatures times what it counts."""
+    d, counts = 7, [torch.tensor([1.0, 8, 2, 1e-5, 0.25]).double(), torch.tensor([1.0, 1, 8, 1, 0.25]).double()]
+    parents, curvatures = [weights(5, d), weights(5, d)], [made(d), made(d)]
+    exists = torch.rand(5, d) < 0.6 if masked else None
+    found = merge_weights(parents, curvatures, exists, counts)
+    for k in range(5):
+        least = counts[1][k] / 1024
+        times = [float(counts[0][k].clamp_min(least)), float(counts[1][k])]
+        alone = merge_weights(
+            [w[k, None] for w in parents],
+            [t * h for t, h in zip(times, curvatures, strict=True)],
+            None if exists is None else exists[k, None],
+        )
+        torch.testing.assert_close(found[k, None], alone, rtol=1e-6, atol=1e-9)
+
+
+def test_ratios_are_rounded_at_little_cost() -> None:
+    """With counts in between two powers of two, the weighted error is at most 3% above the least."""
+    parents, curvatures = [weights(40, 6), weights(40, 6)], [curvature(6), curvature(6)]
+    counts = torch.rand(2, 40, dtype=torch.float64).mul(6).exp2()
+    merged = merge_weights(parents, curvatures, None, list(counts))
+    for k in range(40):
+        hs, own = [c * h for c, h in zip(counts[:, k], curvatures, strict=True)], [w[k, None] for w in parents]
+        least = functional_difference(*own, *hs)[0]
+        assert least <= rise(merged[k, None], own, hs) + 1e-9 <= 1.031 * least + 1e-9
+
+
+def test_three_tasks_count_by_themselves() -> None:
+    parents, h = [weights(1, 1) for _ in range(3)], torch.ones(1, 1, dtype=torch.float64)
+    counts = [torch.tensor([c]).double() for c in (4, 1, 2)]
+    merged = merge_weights(parents, [h, h, h], None, counts)
+    torch.testing.assert_close(merged, (4 * parents[0] + parents[1] + 2 * parents[2]) / 7)
+
+
+def test_equal_parents_stay_to_the_last_bit_whatever_they_count() -> None:
+    w, counts = weights(4, 6), [torch.rand(4).double() + 0.01 for _ in range(2)]
+    assert torch.equal(merge_weights([w, w], [curvature(6), curvature(6)], None, counts), w)
 
 
 def test_as_many_weights_as_curvatures() -> None:

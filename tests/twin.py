@@ -11,8 +11,9 @@ the k * k taps of a kernel, the H * W pixels behind a flatten, or one.
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -176,7 +177,8 @@ def zip_twin(
         share: the fraction of the smaller layer's units that is shared.
         matching: "greedy" or "optimal" (exact; exponential in the number of units).
         compensate: units are first given equal sizes, and errors count relative to them; least squares
-            before merging, spread matching after it, and private weights that follow.
+            before merging, spread matching after it, and private weights that follow. Of a pair, the error of the
+            unit that matters more to what reads it counts more.
         balance: alpha of task A.
         damping, ridge: as in `taskzip.zip`.
         threshold: with "greedy": stop at the first pair whose d is above it.
@@ -199,6 +201,7 @@ def zip_twin(
         x = [zipped[t].rows(number, data[t]) for t in (0, 1)]
         z = [original[t].rows(number, data[t]) @ original[t].layers[number].matrix.T for t in (0, 1)]
         layers = [zipped[t].layers[number] for t in (0, 1)]
+        counts = functools.partial(_counts, [each[number : number + 1] for each in matters])
         alpha = [a / each.var(0).mean() if compensate else a for a, each in zip(alphas, z, strict=True)]
         if compensate and changed:
             for t in (0, 1):
@@ -215,7 +218,10 @@ def zip_twin(
             for t in (0, 1):
                 curvature = alpha[t] / len(data[t]) * sum(np.outer(row, row) for row in x[t])
                 h.append(curvature + damping * np.mean(np.diag(curvature)) * np.eye(len(curvature)))
-            d, merged = _cut_pairs([layer.matrix for layer in layers], h, [np.append(s, -1) for s in shared])
+            columns = [np.append(s, -1) for s in shared]
+            matrices = [layer.matrix for layer in layers]
+            d, _ = _cut_pairs(matrices, h, columns, lambda i, j: (1.0, 1.0))
+            _, merged = _cut_pairs(matrices, h, columns, counts)
             weighted = d * np.outer(matters[0][number], matters[1][number]) if compensate else d
             pairs = {"greedy": _greedy, "optimal": _optimal}[matching](
                 weighted, round(share * min(layers[0].units, layers[1].units))
@@ -251,7 +257,7 @@ def zip_twin(
         result.turns.append(Turn(d, pairs))
 
         for i, j in pairs:
-            merged = _merged(w[0][i], w[1][j], h, bias)
+            merged = _merged(w[0][i], w[1][j], [c * each for c, each in zip(counts(i, j), h, strict=True)], bias)
             for t, unit in ((0, i), (1, j)):
                 before = w[t][unit]
                 _put(layers[t].matrix, unit, shared[t], merged, bias)
@@ -403,13 +409,27 @@ def _merged(w_a: np.ndarray, w_b: np.ndarray, h: Sequence[np.ndarray], bias: boo
     return np.linalg.inv(total) @ wanted
 
 
+def _counts(matters: Sequence[Sequence[np.ndarray]], i: int, j: int) -> tuple[float, float]:
+    """How much the errors of two paired units count: the squares of how much they matter, to powers of two.
+
+    None counts less than 2^-10 of the other.
+    """
+    if not matters[0]:
+        return 1.0, 1.0
+    power = round(2 * np.log2(matters[0][0][i] / matters[1][0][j]))
+    return 2.0 ** max(-10, min(power, 0)), 2.0 ** max(-10, -max(power, 0))
+
+
 def _cut_pairs(
-    w: Sequence[np.ndarray], h: Sequence[np.ndarray], columns: Sequence[np.ndarray]
+    w: Sequence[np.ndarray],
+    h: Sequence[np.ndarray],
+    columns: Sequence[np.ndarray],
+    counts: Callable[[int, int], Sequence[float]],
 ) -> tuple[np.ndarray, dict[tuple[int, int], list[np.ndarray]]]:
     """For every pair, the one set of weights over shared columns that raises both errors least, and by how much.
 
-    w = (sum H_ss)^-1 (sum H_s: w_t), all other columns 0. Shared columns that one task lacks (of a smaller input) are
-    curvature 0 to it.
+    w = (sum H_ss)^-1 (sum H_s: w_t), all other columns 0, each H times how much the error counts. Shared columns that
+    one task lacks (of a smaller input) are curvature 0 to it.
     """
     at = _common([len(each) for each in columns], bias=True)
     size = max(len(each) for each in columns)
@@ -418,8 +438,8 @@ def _cut_pairs(
         for j in range(len(w[1])):
             total, wanted = np.zeros((size, size)), np.zeros(size)
             for t, unit in ((0, i), (1, j)):
-                total[np.ix_(at[t], at[t])] += h[t][np.ix_(columns[t], columns[t])]
-                wanted[at[t]] += h[t][columns[t]] @ w[t][unit]
+                total[np.ix_(at[t], at[t])] += counts(i, j)[t] * h[t][np.ix_(columns[t], columns[t])]
+                wanted[at[t]] += counts(i, j)[t] * h[t][columns[t]] @ w[t][unit]
             found = np.linalg.inv(total) @ wanted
             merged[i, j], d[i, j] = [], 0.0
             for t, unit in ((0, i), (1, j)):

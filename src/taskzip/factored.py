@@ -9,6 +9,7 @@ serve that serve for any other; outside, they are D.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -87,6 +88,13 @@ class Span:
         self._basis = torch.cat(bases, dim=1)
         self._columns = torch.cat(columns)  # one in which the vector of the basis lies
         self.curvatures = [Factored(self.inside(h.rows), self.inside_diagonal(h.diagonal)).dense() for h in curvatures]
+
+    def times(self, counts: Sequence[float]) -> Span:
+        """The span of the same curvatures, each of them times a factor."""
+        other = copy(self)
+        other.curvatures = [c * k for c, k in zip(counts, self.curvatures, strict=True)]
+        other.diagonals = [c * d for c, d in zip(counts, self.diagonals, strict=True)]
+        return other
 
     def inside(self, w: Float[Tensor, "units d"]) -> Float[Tensor, "units r"]:
         """The part of weights that lies in the span, in terms of the basis."""

@@ -119,6 +119,7 @@ def check_merging(
     present: Sequence[Float[Tensor, "rows d1"]],
     promised: Float[Tensor, " pairs"],
     *,
+    counts: Sequence[Float[Tensor, " pairs"]],
     centred: Sequence[bool],
 ) -> None:
     """Merging pairs costs what was promised when they were paired (d, eq. 12), and no more.
@@ -130,6 +131,7 @@ def check_merging(
         changes: per owner, by how much the rows of its units were changed, pair by pair.
         present: the rows before.
         promised: d of each pair.
+        counts: per owner, how much its error of each pair counts, at most 1.
         centred: per owner, whether batch-norm takes the mean off again.
 
     Raises:
@@ -141,10 +143,11 @@ def check_merging(
     height = len(changes[0]) // pairs
     chosen = some(pairs, changes[0].shape[1], promised.device)
     cost, whole = (torch.zeros(len(chosen), dtype=torch.float64, device=promised.device) for _ in range(2))
-    for s, weight, change, before, free in zip(statistics, weighing, changes, present, centred, strict=True):
+    owners = zip(statistics, weighing, changes, present, counts, centred, strict=True)
+    for s, weight, change, before, count, free in owners:
         rows = change.unflatten(0, (pairs, height))[chosen].flatten(0, 1)
         was = before.unflatten(0, (pairs, height))[chosen].flatten(0, 1)
-        total = weight * s.rows / 2
+        total = weight * s.rows / 2 * count[chosen]
         covariance = s.covariance()
         shift = torch.zeros_like(rows[:, 0]) if free else (rows @ _input_means(s)).square()
         cost += total * (quadratic(covariance, rows) + shift).unflatten(0, (-1, height)).sum(1)

@@ -174,15 +174,17 @@ class JointLayer:
         meetings = [self._meeting(owners, task, common) for owners, common in candidates if common.channels]
         slots = np.concatenate([np.empty(0, np.int64), *(self.groups[m.owners].slots for m in meetings)])
         none = self.weights[task].new_zeros(0, len(self._rows[task]))
-        importance = torch.cat([none, *(self._importance(task, meeting) for meeting in meetings)])
-        difference = importance * torch.cat([none, *(meeting.difference for meeting in meetings)])
+        importance = [self._importance(task, meeting) for meeting in meetings]
+        worth = torch.cat([none, *(torch.outer(*each) for each in importance)])
+        difference = worth * torch.cat([none, *(meeting.difference for meeting in meetings)])
         pairs = self._pair(task, meetings, slots, difference)
-        pairs = pairs._replace(cost=pairs.cost / importance[pairs.a, pairs.b])
+        pairs = pairs._replace(cost=pairs.cost / worth[pairs.a, pairs.b])
         self.costs.append(pairs.cost)
         start = 0
-        for meeting in meetings:
+        for meeting, (of_joint, of_new) in zip(meetings, importance, strict=True):
             inside = (pairs.a >= start) & (pairs.a < start + meeting.units)
-            self._merge(meeting, pairs.a[inside] - start, pairs.b[inside], pairs.cost[inside])
+            joint, new = pairs.a[inside] - start, pairs.b[inside]
+            self._merge(meeting, joint, new, pairs.cost[inside], (of_joint[joint], of_new[new]))
             start += meeting.units
         free = _without(self._all_units(task), pairs.b)
         if len(free):
@@ -226,8 +228,8 @@ class JointLayer:
         )
         return Pairs(*(each.to(self.weights[task].device) for each in pairs))
 
-    def _importance(self, task: int, meeting: Meeting) -> Tensor:
-        """How much pairs matter, [joint, new]; where a threshold decides, all alike."""
+    def _importance(self, task: int, meeting: Meeting) -> tuple[Tensor, Tensor]:
+        """How much joint and new units matter; where a threshold decides, all alike."""
         known = self._pairing.importance
         joint = torch.ones(meeting.units, dtype=torch.float64)
         new = torch.ones(len(self._rows[task]), dtype=torch.float64)
@@ -235,7 +237,8 @@ class JointLayer:
             units = self.groups[meeting.owners].units.cpu().numpy()
             each = [known[t][units[:, k]] for k, t in enumerate(meeting.owners)]
             joint, new = torch.from_numpy(np.exp(np.mean(np.log(each), axis=0))), torch.from_numpy(known[task])
-        return torch.outer(joint, new).to(meeting.difference.device)
+        device = meeting.difference.device
+        return joint.to(device), new.to(device)
 
     def _within(self, task: int, meetings: Sequence[Meeting]) -> np.ndarray | None:
         """Where joint units and units of a task are in wholes that belong together, [joint, new]."""
@@ -267,17 +270,19 @@ class JointLayer:
         height = self._rows[task].shape[1]
         return Meeting(self._sides, owners, task, common, lambda t: self.weights[t][rows[t]], height)
 
-    def _merge(self, meeting: Meeting, joint: Tensor, new: Tensor, cost: Tensor) -> None:
+    def _merge(
+        self, meeting: Meeting, joint: Tensor, new: Tensor, cost: Tensor, importance: tuple[Tensor, Tensor]
+    ) -> None:
         if not len(joint):
             return
-        merged = meeting.merged(joint, new, self._pairing.connections)
+        merged = meeting.merged(joint, new, self._pairing.connections, importance)
         group = self.groups.pop(meeting.owners)
         owners = (*meeting.owners, meeting.task)
         units = torch.cat([group.units[joint], new[:, None]], dim=1)
         present = {t: self.weights[t][self._rows_of(t, units[:, k])] for k, t in enumerate(owners)}
         after = {t: meeting.written(t, before, merged) for t, before in present.items()}
         if not any(self._sides[t].pruned and support(rows, bias=True) is not None for t, rows in present.items()):
-            self._check_merging(present, after, cost)  # d does not know of missing connections
+            self._check_merging(present, after, cost, importance)  # d does not know of missing connections
         for k, t in enumerate(owners):
             self.weights[t] = self.weights[t].index_copy(0, self._rows_of(t, units[:, k]), after[t])
         left = _without(torch.arange(len(group.units), device=joint.device), joint)
@@ -285,8 +290,15 @@ class JointLayer:
             self.groups[meeting.owners] = group.taken(left)
         self.groups[owners] = Group(units, group.slots[joint.cpu().numpy()])
 
-    def _check_merging(self, present: Mapping[int, Tensor], after: Mapping[int, Tensor], cost: Tensor) -> None:
+    def _check_merging(
+        self,
+        present: Mapping[int, Tensor],
+        after: Mapping[int, Tensor],
+        cost: Tensor,
+        importance: tuple[Tensor, Tensor],
+    ) -> None:
         sides = [self._sides[t] for t in present]
+        joint, new = (each.square() / torch.maximum(*importance).square() for each in importance)
         check_merging(
             f"layer {sides[-1].layer.name!r}",
             [side.statistics for side in sides],
@@ -294,6 +306,7 @@ class JointLayer:
             [after[t] - before for t, before in present.items()],
             list(present.values()),
             cost,
+            counts=[*(joint for _ in sides[1:]), new],
             centred=[bool(side.layer.batch_norm) for side in sides],
         )
 

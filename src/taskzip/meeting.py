@@ -152,10 +152,14 @@ class Meeting:
         """How many joint units there are."""
         return len(self._weights[0]) // self._height
 
-    def merged(self, joint: Tensor, new: Tensor, connections: Connections) -> Tensor:
-        """The common weights of pairs, [pairs * rows of a unit, common width]."""
+    def merged(self, joint: Tensor, new: Tensor, connections: Connections, importance: Sequence[Tensor]) -> Tensor:
+        """The common weights of pairs, [pairs * rows of a unit, common width].
+
+        `importance` says how much the units of each side matter, [pairs].
+        """
         weights, present = (self._taken(each, joint, new) for each in (self._weights, self._present))
-        return merge_weights(weights, self._curvatures, self._exists(present, connections))
+        squares = [each.square().repeat_interleave(self._height) for each in importance]
+        return merge_weights(weights, self._curvatures, self._exists(present, connections), squares)
 
     def written(self, task: int, before: Tensor, merged: Tensor) -> Tensor:
         """All weights of an owner's rows that get these common ones."""
