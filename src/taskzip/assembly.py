@@ -10,21 +10,27 @@ from torch import Tensor, nn
 
 from taskzip.alignment import JointInputs
 from taskzip.members import Member, Owners
-from taskzip.zipped.blocks import Blocks, BlockSpec, BlocksSpec, RowSpec, block_name, install
+from taskzip.zipped.blocks import Blocks, BlockSpec, BlocksSpec, RowSpec, block_name, install, scale_name
 
 Groups = Mapping[Owners, np.ndarray]
 """Which rows of a layer each set of owners shares, in an order that all of them have in common."""
 
 
-def install_blocks(members: Sequence[Member], inputs: JointInputs, groups: Mapping[int, Groups]) -> None:
+def install_blocks(
+    members: Sequence[Member],
+    inputs: JointInputs,
+    groups: Mapping[int, Groups],
+    scales: Mapping[int, Tensor] | None = None,
+) -> None:
     """Replace the dense weights of a layer by blocks, one Parameter for all tasks that use it.
 
     Args:
         members: the tasks; their weights are merged already, with equal values wherever they are shared.
         inputs: the inputs of the layer that several tasks share.
         groups: per task that takes part, the rows that it shares; all others are its own.
+        scales: per task, by what it multiplies each row; the biases are its own then. None where all is shared.
     """
-    cutter = _Cutter(members, inputs, groups)
+    cutter = _Cutter(members, inputs, groups, scales or {})
     cut = {t: (cutter.weight(t), cutter.bias(t)) for t in inputs.layers}
     for t, layer in inputs.layers.items():
         for name, blocks in zip((layer.weight, layer.bias), cut[t], strict=True):
@@ -35,12 +41,19 @@ def install_blocks(members: Sequence[Member], inputs: JointInputs, groups: Mappi
 class _Cutter:
     """Cuts dense weights into blocks, and hands out the same Parameter to every task that uses one."""
 
-    def __init__(self, members: Sequence[Member], inputs: JointInputs, groups: Mapping[int, Groups]) -> None:
+    def __init__(
+        self,
+        members: Sequence[Member],
+        inputs: JointInputs,
+        groups: Mapping[int, Groups],
+        scales: Mapping[int, Tensor],
+    ) -> None:
         self._names = [(member.number, member.task.name) for member in members]
         self._inputs = inputs
         self._rows = {t: _with_own(each, (t,), inputs.layers[t].units) for t, each in groups.items()}
         self._weights = {t: members[t].network.get_parameter(x.weight) for t, x in inputs.layers.items()}
         self._biases = {t: members[t].network.get_parameter(x.bias) for t, x in inputs.layers.items() if x.bias}
+        self._scales = scales
         self._tied: dict[tuple[str, bool], nn.Parameter] = {}
 
     def weight(self, task: int) -> Blocks:
@@ -56,12 +69,16 @@ class _Cutter:
                 specs.append(BlockSpec(name, tuple(block.shape), inputs))
                 order.append(channels)
             absent = np.setdiff1d(np.arange(self._inputs.layers[task].inputs), np.concatenate(order))
-            rows.append(RowSpec(tuple(specs), _natural(np.concatenate([*order, absent])), len(absent)))
+            scale = self._scale(task, owners, parameters)
+            rows.append(RowSpec(tuple(specs), _natural(np.concatenate([*order, absent])), len(absent), scale))
         return Blocks(BlocksSpec(tuple(rows), self._order(task), self._apart(rows)), parameters)
 
     def bias(self, task: int) -> Blocks | None:
-        """The bias of one task: a block per group of rows, shared by those of its owners that have a bias."""
-        if task not in self._biases:
+        """The bias of one task: a block per group of rows, shared by those of its owners that have a bias.
+
+        None where there is none, or where all of it is the task's own.
+        """
+        if task not in self._biases or task in self._scales:
             return None
         parameters: dict[str, nn.Parameter] = {}
         for owners, rows in self._rows[task].items():
@@ -70,6 +87,15 @@ class _Cutter:
             parameters[self._name(owners, users)] = self._tie(owners, users, values, bias=True)
         specs = tuple(RowSpec((BlockSpec(name, tuple(p.shape)),)) for name, p in parameters.items())
         return Blocks(BlocksSpec(specs, self._order(task), self._apart(specs)), parameters)
+
+    def _scale(self, task: int, owners: Owners, parameters: dict[str, nn.Parameter]) -> str | None:
+        """What a task multiplies the rows of a group by, added to the parameters; None where the rows are its own."""
+        if task not in self._scales or len(owners) == 1:
+            return None
+        name = scale_name([each for _, each in sorted(self._names[t] for t in owners)], self._names[task][1])
+        weight, rows = self._weights[task], torch.from_numpy(self._rows[task][owners])
+        parameters[name] = nn.Parameter(self._scales[task][rows].to(weight), weight.requires_grad)
+        return name
 
     def _apart(self, rows: Sequence[RowSpec]) -> bool:
         """Whether groups of rows are computed one by one: where some lack inputs, and where they can be common."""

@@ -22,7 +22,7 @@ from taskzip.orders import Order, misread
 from taskzip.outputs import tensors
 from taskzip.sparsity import pruned_layers
 from taskzip.task import Batch, Task, has_numbers
-from taskzip.zipped.blocks import installed
+from taskzip.zipped.blocks import installed, weights_of
 from taskzip.zipped.folding import Fold, fold, foldable
 
 Owners = tuple[int, ...]
@@ -301,29 +301,27 @@ class Member:
 
     def parameters(self, layer: Layer) -> list[nn.Parameter]:
         """The parameters of a layer as it is now: dense ones, or blocks."""
-        return [p for name in (layer.weight, layer.bias) if name is not None for p in self._parameters(name)]
+        blocks, names = installed(self.network), [name for name in (layer.weight, layer.bias) if name is not None]
+        each = [blocks[name].parameters() if name in blocks else [self.network.get_parameter(name)] for name in names]
+        return [parameter for parameters in each for parameter in parameters]
 
-    def _parameters(self, name: str) -> list[nn.Parameter]:
+    def _weights(self, name: str) -> list[nn.Parameter]:
         blocks = installed(self.network)
-        return list(blocks[name].parameters()) if name in blocks else [self.network.get_parameter(name)]
+        return weights_of(blocks[name]) if name in blocks else [self.network.get_parameter(name)]
 
     def pruned_weights(self) -> list[list[nn.Parameter]]:
         """The weight of every pruned layer as it is now: a dense parameter, or blocks."""
-        return [self._parameters(layer.weight) for layer in self.structure.layers if layer.name in self.pruned]
+        return [self._weights(layer.weight) for layer in self.structure.layers if layer.name in self.pruned]
 
     def dense(self, name: str) -> Tensor:
         """A parameter as it is now, put together where it is blocks."""
         blocks = installed(self.network)
         return (blocks[name]() if name in blocks else self.network.get_parameter(name)).detach()
 
-    def layer_weights(self) -> list[list[nn.Parameter]]:
-        """The weight of every layer as it is now: a dense parameter, or blocks."""
-        return [self._parameters(layer.weight) for layer in self.structure.layers]
-
     def connections(self) -> int:
         """How many weights its layers have, without those that are missing."""
         pruned = {p for weight in self.pruned_weights() for p in weight}
-        weights = {p for layer in self.structure.layers for p in self._parameters(layer.weight)}
+        weights = {p for layer in self.structure.layers for p in self._weights(layer.weight)}
         return sum(int(p.count_nonzero()) if p in pruned else p.numel() for p in weights)
 
     def batch_norm(self, layer: Layer) -> tuple[Tensor, Tensor]:

@@ -85,6 +85,7 @@ def prune(
         compensate=True,
         adapt=None,
         spread=None,
+        own_scale=None,
         residual="coupled",
         aligned=None,
         cross=True,

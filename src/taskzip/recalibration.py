@@ -25,6 +25,12 @@ read with large weights that few rows tell."""
 _MOST = 2.0
 """Scales are no larger, nor smaller than its inverse: what lost more than that is noise, or all but constant."""
 
+_MOST_OWN = 10.0
+"""The same for scales that are a task's own."""
+
+_CONSTANT = 1e-9
+"""A unit that varies less, relative to its mean square, does not vary."""
+
 
 def least_squares(
     statistics: LayerStatistics, weights: Float[Tensor, "units d1"], ridge: float, *, bias: bool, pruned: bool = True
@@ -109,6 +115,33 @@ def match_spread(
     scale = torch.where((scale - 1).abs() < _ROUNDING, torch.ones_like(scale), scale)
     shift = wanted_mean - scale * mean
     return scale, torch.where(shift.abs() < _ROUNDING * wanted_variance.sqrt(), torch.zeros_like(shift), shift)
+
+
+def own_scale(
+    statistics: LayerStatistics, weights: Float[Tensor, "units d1"], *, bias: bool
+) -> tuple[Float[Tensor, " units"], Float[Tensor, " units"]]:
+    """The scale and the shift with which units of these weights come closest to the original pre-activations.
+
+    Least squares in two numbers for each unit; in the scale alone where it has no bias.
+
+    Args:
+        statistics: the sums over the layer's inputs and the original answers of the same units.
+        weights: their incoming weights, bias last.
+        bias: whether they have one.
+
+    Returns:
+        Scales and shifts: a unit gives `scale * w x + shift`.
+    """
+    mean, variance = statistics.moments(weights)
+    wanted, _ = statistics.answer_moments()
+    square = variance + mean.square()
+    product = (weights * statistics.cross.mT).sum(1) / statistics.rows
+    if bias:
+        square, product = variance, product - mean * wanted
+    tiny = _CONSTANT * (variance + mean.square()) + torch.finfo(square.dtype).tiny
+    ratio = (product / square.clamp_min(tiny)).clamp(1 / _MOST_OWN, _MOST_OWN)
+    scale = torch.where(square > tiny, ratio, torch.ones_like(ratio))
+    return scale, wanted - scale * mean if bias else torch.zeros_like(mean)
 
 
 def batch_norm_statistics(

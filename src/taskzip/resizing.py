@@ -12,7 +12,7 @@ from taskzip.correspondence import JointLayers
 from taskzip.equalising import restored
 from taskzip.graph import multiply
 from taskzip.members import Member
-from taskzip.zipped.blocks import installed
+from taskzip.zipped.blocks import along, installed, spec_of
 
 Spaces = list[tuple[int, int]]
 """Tasks, and a space of each."""
@@ -83,10 +83,10 @@ def _rescale(members: Sequence[Member], scales: Sequence[dict[int, np.ndarray]])
             if name not in blocks:
                 multiply(tensors[name], factors)
                 continue
-            shape, device = blocks[name].dense_shape, next(blocks[name].parameters()).device
+            shape, device = spec_of(blocks[name]).dense_shape, next(blocks[name].parameters()).device
             whole = [np.ones(n) if factor is None else factor for n, factor in zip(shape, factors, strict=True)]
             units, inputs = (torch.from_numpy(factor).to(device) for factor in (*whole, np.empty(0))[:2])
-            for parameter, rows, columns in blocks[name].along(units, inputs):
+            for parameter, rows, columns in along(blocks[name], units, inputs):
                 if parameter not in shared or len(columns) > len(shared[parameter][1]):
                     shared[parameter] = (rows.cpu().numpy(), columns.cpu().numpy())
     for parameter, pair in shared.items():

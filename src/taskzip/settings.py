@@ -32,6 +32,7 @@ class Settings:
     compensate: Compensation
     adapt: bool
     spread: bool
+    own_scale: bool
     residual: Residual
     aligned: bool | None
     cross: bool
@@ -59,6 +60,7 @@ class Settings:
             "compensate": self.compensate,
             "adapt": self.adapt,
             "spread": self.spread,
+            "own_scale": self.own_scale,
             "residual": self.residual,
             "aligned": self.aligned,
             "cross": self.cross,
@@ -82,6 +84,7 @@ def read_settings(
     compensate: Compensation,
     adapt: bool | None,
     spread: bool | None,
+    own_scale: bool | None,
     residual: Residual,
     aligned: bool | None,
     cross: bool,
@@ -106,6 +109,7 @@ def read_settings(
         _one_of("compensate", compensate, (True, False, "output")),
         compensate is True if _one_of("adapt", adapt, (None, True, False)) is None else bool(adapt),
         compensate is True if _one_of("spread", spread, (None, True, False)) is None else bool(spread),
+        _own_scale(own_scale, compensate, cross, batch_norm),
         _one_of("residual", residual, ("coupled", "independent")),
         _aligned(aligned, cross),
         bool(_one_of("cross", cross, (True, False))),
@@ -141,6 +145,17 @@ def _balance(names: Sequence[str], balance: float | Sequence[float] | Mapping[st
     if len(weights) != len(names) or not all(0 < b < 1 for b in weights) or abs(sum(weights) - 1) > 1e-6:
         raise InputError(f"balance {weights} must give each of the {len(names)} tasks a weight above 0, summing to 1.")
     return tuple(weights)
+
+
+def _own_scale(own_scale: bool | None, compensate: Compensation, cross: bool, batch_norm: Norms) -> bool:
+    if _one_of("own_scale", own_scale, (None, True, False)) is None:
+        return compensate is True and bool(cross) and batch_norm != "fold"
+    if own_scale and not cross:
+        raise InputError(
+            "own_scale=True gives shared units another scale in every task, with cross=False they are a network of "
+            "their own that all tasks have in common: leave one of them away."
+        )
+    return bool(own_scale)
 
 
 def _aligned(aligned: bool | None, cross: bool) -> bool | None:

@@ -22,18 +22,21 @@ from taskzip.meeting import TaskLayer
 from taskzip.members import Member, Owners
 from taskzip.ordering import stream_slots
 from taskzip.plan import Quota
-from taskzip.recalibration import batch_norm_statistics, least_squares
+from taskzip.recalibration import batch_norm_statistics, least_squares, own_scale
 from taskzip.recording import Recorder
 from taskzip.resizing import restore_scales
 from taskzip.ridge import choose_ridge
 from taskzip.settings import Settings
 from taskzip.spaces import JointSpaces, Part, alike, of_one_kind
 from taskzip.zipped import LayerRecord
+from taskzip.zipped.blocks import has_own_scale
 
 log = logging.getLogger("taskzip")
 
 NONE = torch.empty(0, dtype=torch.long)
 """No columns."""
+
+_NO_ROWS = np.empty(0, np.int64)
 
 
 class Zipper:
@@ -72,6 +75,8 @@ class Zipper:
             relative_cost = self.recorder.record(name, inputs, parts, joints, aligned)
         for joint in joints:
             joint.write(weights)
+        scales = self._own_scales(inputs, parts, joints, statistics, weights)
+        placed = {t: _row_numbers(members[t], layer) for t, layer in inputs.layers.items()}
         for t, layer in layers.items():
             settle(members[t], layer, statistics[t], weights[t], settings)
         for part, joint in zip(parts, joints, strict=False):
@@ -82,7 +87,10 @@ class Zipper:
         if shared:
             groups = {t: _shared_rows(t, parts, joints) for t in inputs.layers}
             merged = {t: members[t].dense(layer.weight) for t, layer in inputs.layers.items()}
-            install_blocks(members, inputs, groups)
+            for t, scale in scales.items():
+                scales[t] = scale[_moved(placed[t], _row_numbers(members[t], inputs.layers[t]))].to(merged[t])
+                merged[t] = merged[t] * scales[t].view(-1, *(1,) * (merged[t].dim() - 1))
+            install_blocks(members, inputs, groups, scales)
             for t, layer in inputs.layers.items():
                 check_assembled(_where(members[t], layer), merged[t], members[t].dense(layer.weight))
                 members[t].changed = True
@@ -207,10 +215,37 @@ class Zipper:
             pairing = Pairing(part.quotas(each), how.matching, how.seed, aligned, how.connections, importance)
             common = None if inputs.cross else self.common.of(part)
             joint = JointLayer(sides, inputs, part.rows, pairing, given, common, self.spaces.wholes(part.joint))
-            if self.settings.spread:
+            if self.settings.spread and not self._may_scale(inputs):
                 joint.match_spread()
             joints.append(joint)
         return joints
+
+    def _may_scale(self, inputs: JointInputs) -> bool:
+        """Whether every task gets a scale of its own for each shared unit: where no batch-norm is one already."""
+        each = inputs.layers.items()
+        return self.settings.own_scale and all(
+            layer.solvable and not layer.batch_norm and has_own_scale(self.members[t].network, layer.weight, layer.bias)
+            for t, layer in each
+        )
+
+    def _own_scales(
+        self,
+        inputs: JointInputs,
+        parts: Sequence[Part],
+        joints: Sequence[JointLayer],
+        statistics: Mapping[int, LayerStatistics | None],
+        weights: Mapping[int, Tensor],
+    ) -> dict[int, Tensor]:
+        """By what each task multiplies its rows, 1 where they are its own; its biases are written into the weights."""
+        found: dict[int, Tensor] = {}
+        for t, layer in inputs.layers.items() if joints and self._may_scale(inputs) else ():
+            shared = torch.from_numpy(np.concatenate([_NO_ROWS, *_shared_rows(t, parts, joints).values()]))
+            seen = statistics[t]
+            assert seen is not None
+            scale, shift = own_scale(seen.of_units(shared), weights[t][shared], bias=layer.bias is not None)
+            found[t] = torch.ones_like(weights[t][:, 0]).index_copy(0, shared, scale)
+            weights[t][shared, -1] = scale * weights[t][shared, -1] + shift
+        return found
 
     def _is_aligned(self, part: Part) -> bool:
         return self.aligned or part.joint in self.spaces.streams
@@ -263,6 +298,17 @@ def layer_name(layers: JointLayers) -> str:
     return layers.name
 
 
+def _row_numbers(member: Member, layer: Layer) -> np.ndarray:
+    """Which of the original network's rows each row of a layer is."""
+    rows = member.original_rows(layer)
+    return np.arange(layer.units) if rows is None else rows.numpy()
+
+
+def _moved(before: np.ndarray, after: np.ndarray) -> Tensor:
+    """Where each row stood before."""
+    return torch.from_numpy(np.argsort(before)[after])
+
+
 def _shared_rows(task: int, parts: Sequence[Part], joints: Sequence[JointLayer]) -> dict[Owners, np.ndarray]:
     """Which rows of a task's layer, as they lie now, it shares with whom."""
     found: dict[Owners, list[np.ndarray]] = {}
@@ -301,7 +347,7 @@ def survey(member: Member, settings: Settings, wanted: Collection[str]) -> dict[
 
 def _follows(layer: Layer, settings: Settings) -> bool:
     """Whether anything needs what the original network answers; else one forward pass is enough."""
-    return settings.spread or bool(layer.batch_norm) or _solves(layer, settings)
+    return settings.spread or settings.own_scale or bool(layer.batch_norm) or _solves(layer, settings)
 
 
 def _to_solve(member: Member, layer: Layer, settings: Settings) -> bool:

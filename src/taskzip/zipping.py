@@ -47,6 +47,7 @@ def zip_tasks(
     compensate: Compensation = True,
     adapt: bool | None = None,
     spread: bool | None = None,
+    own_scale: bool | None = None,
     residual: Residual = "coupled",
     aligned: bool | None = None,
     cross: bool = True,
@@ -85,7 +86,13 @@ def zip_tasks(
         adapt: let a unit's private weights, those of inputs that no other task has, follow the shared ones as these are
             merged; the units are then paired by what is left of the error. Never worse for the layer than private
             weights that stay. Default: with full compensation.
-        spread: bring merged units back to the mean and spread that they had. Default: with full compensation.
+        spread: bring merged units back to the mean and spread that they had, averaged over the tasks, where they do not
+            have a scale of their own. Default: with full compensation.
+        own_scale: whether every task has a scale and a shift of its own for each shared unit, which come out of least
+            squares: two numbers per unit and task for much lower errors. What units give then differs from task to
+            task, so that `zipped(x)` computes no more than the first layer once for all. Batch-norm does the same,
+            where there is one. Default: with full compensation, unless the tasks are to have a common trunk
+            (`cross=False`, `batch_norm="fold"`).
         residual: how the layers that write into one residual stream find their pairs (Sec. 3.7). "coupled": one order
             of the stream's units for all of them, by their mean functional difference; nothing is re-ordered at run
             time. "independent": each by itself, and a gather restores the order of the stream.
@@ -136,6 +143,7 @@ def zip_tasks(
         compensate=compensate,
         adapt=adapt,
         spread=spread,
+        own_scale=own_scale,
         residual=residual,
         aligned=aligned,
         cross=cross,

@@ -31,12 +31,14 @@ class BlockSpec:
 class RowSpec:
     """Units that the same tasks own: blocks side by side, then put into the order in which the task's inputs lie.
 
-    Behind the blocks come so many `absent` inputs, which these units do not read.
+    Behind the blocks come so many `absent` inputs, which these units do not read. Where they have a `scale`, what they
+    give is multiplied by this vector of the task's own, before its bias is added.
     """
 
     blocks: tuple[BlockSpec, ...]
     order: tuple[int, ...] | None = None
     absent: int = 0
+    scale: str | None = None
 
     @property
     def inputs(self) -> int:
@@ -72,6 +74,12 @@ class BlocksSpec:
         return (rows, self.rows[0].inputs, *first[0].shape[2:])
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The parameters by name: blocks and scales."""
+        found = {block.name: block.shape for row in self.rows for block in row.blocks}
+        return found | {row.scale: row.blocks[0].shape[:1] for row in self.rows if row.scale is not None}
+
+    @property
     def is_one_block(self) -> bool:
         """Whether there is nothing to put together."""
         first = self.rows[0]
@@ -90,6 +98,7 @@ class BlocksSpec:
                     tuple(BlockSpec(b["name"], tuple(b["shape"]), b["inputs"]) for b in row["blocks"]),
                     None if row["order"] is None else tuple(row["order"]),
                     row.get("absent", 0),
+                    row.get("scale"),
                 )
                 for row in d["rows"]
             ),
@@ -107,9 +116,8 @@ class Blocks(nn.Module):
     def __init__(self, spec: BlocksSpec, parameters: dict[str, nn.Parameter]) -> None:
         super().__init__()
         self._spec = spec
-        for row in spec.rows:
-            for block in row.blocks:
-                self.register_parameter(block.name, parameters[block.name])
+        for name in spec.shapes:
+            self.register_parameter(name, parameters[name])
         device = next(self.parameters()).device
         for i, each in enumerate([*(row.order for row in spec.rows), spec.order]):
             order = None if each is None else torch.tensor(each, device=device)
@@ -131,6 +139,7 @@ class Blocks(nn.Module):
         self._last_order = f"_order{len(rows)}"
         self._shape = self._spec.dense_shape
         self._groups = [row.blocks[0].shape[0] for row in rows]
+        self._scales = [row.scale for row in rows] if any(row.scale for row in rows) else []
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -138,26 +147,27 @@ class Blocks(nn.Module):
 
     def forward(self) -> Tensor:
         """The dense weight, [units, inputs, *kernel], or the bias, [units]."""
+        return self._scaled(self._together(), None, 0)
+
+    def _together(self) -> Tensor:
+        """The same, but for the scales of units."""
         if self._whole is not None:
             return self._part(self._whole, None)
         rows = [_row(*each, row.absent) for each, row in zip(self._rows(), self._spec.rows, strict=True)]
         return self._ordered(rows[0] if len(rows) == 1 else torch.cat(rows), 0)
 
-    @property
-    def dense_shape(self) -> tuple[int, ...]:
-        """The shape of the weight or the bias."""
-        return self._shape
-
-    def along(self, units: Tensor, inputs: Tensor) -> Iterator[tuple[nn.Parameter, Tensor, Tensor]]:
-        """The blocks, each with what belongs to it of something known for every unit and input of the dense weight."""
-        for (parts, name), each in zip(self._plan, _unordered(units, self._order()).split(self._groups), strict=True):
-            columns, start = _unordered(inputs, self._buffers[name]), 0
-            for block, few in parts:
-                parameter = self._parameters[block]
-                assert parameter is not None
-                width = 0 if parameter.dim() == 1 else parameter.shape[1] if few is None else few
-                yield parameter, each, columns[start : start + width]
-                start += width
+    def _scaled(self, given: Tensor, bias: Tensor | None, dim: int) -> Tensor:
+        """What units give along a dimension, each with the scale that is the task's own, and then the bias."""
+        if not self._scales:
+            return given
+        parts = [
+            given.new_ones(n) if name is None else self._part(name, None)
+            for name, n in zip(self._scales, self._groups, strict=True)
+        ]
+        scale = self._ordered(parts[0] if len(parts) == 1 else torch.cat(parts), 0).to(given.dtype)
+        behind = (1,) * ((given.dim() if dim >= 0 else 0) - dim - 1)
+        scale = scale.view(-1, *behind)
+        return given * scale if bias is None else torch.addcmul(bias.view(-1, *behind), given, scale)
 
     def _rows(self) -> list[Row]:
         """The blocks of each group of rows, and the order into which their columns are put."""
@@ -282,6 +292,14 @@ def densify(network: nn.Module) -> None:
             module.register_parameter(attribute, made[blocks])
 
 
+def has_own_scale(network: nn.Module, weight: str, bias: str | None) -> bool:
+    """Whether units of a layer can have a scale: one of torch's own, with real weights, which its bias is added to."""
+    path, _, name = weight.rpartition(".")
+    module = network.get_submodule(path)
+    own = name == "weight" and bias in (None, f"{path}.bias" if path else "bias")
+    return own and not network.get_parameter(weight).is_complex() and forward_in_blocks(original_class(module)) is not None
+
+
 def installed(network: nn.Module) -> dict[str, Blocks]:
     """All zipped parameters of a network: name -> blocks; tied ones go by the first of their names."""
     found: dict[Blocks, str] = {}
@@ -307,6 +325,29 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 def spec_of(blocks: Blocks) -> BlocksSpec:
     """How a task's weight is put together."""
     return blocks._spec
+
+
+def weights_of(blocks: Blocks) -> list[nn.Parameter]:
+    """The blocks themselves, without the scales of units."""
+    return [parameter for name, parameter in blocks.named_parameters() if name not in blocks._scales]
+
+
+def along(blocks: Blocks, units: Tensor, inputs: Tensor) -> Iterator[tuple[nn.Parameter, Tensor, Tensor]]:
+    """Every block with what belongs to it of something known for each unit and each input of the dense weight."""
+    order = _unordered(units, blocks._order())
+    for (parts, name), each in zip(blocks._plan, order.split(blocks._groups), strict=True):
+        columns, start = _unordered(inputs, blocks._buffers[name]), 0
+        for block, few in parts:
+            parameter = blocks._parameters[block]
+            assert parameter is not None
+            width = 0 if parameter.dim() == 1 else parameter.shape[1] if few is None else few
+            yield parameter, each, columns[start : start + width]
+            start += width
+
+
+def scale_name(owners: Sequence[str], user: str) -> str:
+    """`A+B:A` for what A multiplies the units of A and B by."""
+    return f"{'+'.join(owners)}:{user}"
 
 
 def block_name(owners: Sequence[str], users: Sequence[str]) -> str:

@@ -210,11 +210,8 @@ def _skeleton(network: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
     """The network with blocks in the right places, in place."""
     for name, spec in structure["blocks"].items():
         blocks = BlocksSpec.from_dict(spec)
-        empty = {
-            b.name: nn.Parameter(torch.empty(b.shape), network.get_parameter(name).requires_grad)
-            for row in blocks.rows
-            for b in row.blocks
-        }
+        trained = network.get_parameter(name).requires_grad
+        empty = {each: nn.Parameter(torch.empty(shape), trained) for each, shape in blocks.shapes.items()}
         install(network, name, Blocks(blocks, empty))
     return network
 

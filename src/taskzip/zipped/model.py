@@ -12,7 +12,7 @@ from torch import nn
 from taskzip.calls import as_call, by_task
 from taskzip.copying import copy_of
 from taskzip.errors import InputError
-from taskzip.zipped.blocks import densify, installed
+from taskzip.zipped.blocks import densify, installed, weights_of
 from taskzip.zipped.joint import run_jointly
 
 
@@ -213,7 +213,7 @@ class ZippedModel(nn.Module):
                 if pruned and not self._is_pruned(of, name):
                     continue
                 weight = name if name in blocks or name in parameters else f"{name}.weight"
-                found.append(list(blocks[weight].parameters()) if weight in blocks else [parameters[weight]])
+                found.append(weights_of(blocks[weight]) if weight in blocks else [parameters[weight]])
         return found
 
     def _is_pruned(self, task: str, layer: str) -> bool:

@@ -42,25 +42,29 @@ def _linear(module: Any, input: Tensor) -> Tensor:
     if size >= LARGE_LINEAR and blocks._whole is None:
         most = (_MANY if size >= LARGE else _FEW) * blocks._shape[1]
         if _may_split(module, blocks, input) and input.numel() <= most:
-            return _product(F.linear, module, blocks, input, dim=-1)
+            return blocks._scaled(_product(F.linear, module, blocks, input, dim=-1), module.bias, -1)
+    if blocks._scales:
+        return blocks._scaled(F.linear(input, blocks._together()), module.bias, -1)
     return F.linear(input, module.weight, module.bias)
 
 
 def _convolution(module: Any, input: Tensor) -> Tensor:
     blocks = module._modules["weight_blocks"]
-    size = math.prod(blocks._shape)
+    size, axis = math.prod(blocks._shape), -len(module.kernel_size) - 1  # a single sample may come without a batch
     if size >= LARGE and blocks._whole is None:
         most = _MANY * blocks._shape[1] * math.prod(module.stride)
         if _may_split(module, blocks, input) and input.numel() <= most:
-            dim = input.dim() - len(module.kernel_size) - 1  # a single sample may come without a batch
-            return _product(module._conv_forward, module, blocks, input, dim)
+            found = _product(module._conv_forward, module, blocks, input, input.dim() + axis)
+            return blocks._scaled(found, module.bias, axis)
+    if blocks._scales:
+        return blocks._scaled(module._conv_forward(input, blocks._together(), None), module.bias, axis)
     return module._conv_forward(input, module.weight, module.bias)
 
 
 def _may_split(module: Any, blocks: Any, input: Tensor) -> bool:
     """Only where nothing is recorded (there sizes may be unknown), and where the sum of products is as precise as one.
 
-    A bias has to be grouped as the weight is.
+    A bias has to be grouped as the weight is, or is added to what is put together and scaled.
     """
     bias = module._modules.get("bias_blocks")
     return not (
@@ -69,7 +73,7 @@ def _may_split(module: Any, blocks: Any, input: Tensor) -> bool:
         or torch._C._get_tracing_state()
         or torch.is_autocast_enabled(input.device.type)
         or input.dtype not in (torch.float32, torch.float64)
-        or (module.bias is not None if bias is None else bias._groups != blocks._groups)
+        or (module.bias is not None and not blocks._scales if bias is None else bias._groups != blocks._groups)
     )
 
 
