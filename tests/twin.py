@@ -177,8 +177,9 @@ def zip_twin(
         share: the fraction of the smaller layer's units that is shared.
         matching: "greedy" or "optimal" (exact; exponential in the number of units).
         compensate: units are first given equal sizes, and errors count relative to them; least squares
-            before merging, spread matching after it, and private weights that follow. Of a pair, the error of the
-            unit that matters more to what reads it counts more.
+            before merging, after it for every task the scale and shift that fit a unit best (without `cross` those
+            of both that match its spread), and private weights that follow. Of a pair, the error of the unit that
+            matters more to what reads it counts more.
         balance: alpha of task A.
         damping, ridge: as in `taskzip.zip`.
         threshold: with "greedy": stop at the first pair whose d is above it.
@@ -241,6 +242,8 @@ def zip_twin(
         h, whole = [], []
         for t in (0, 1):
             rows = np.column_stack([_restricted(x[t], shared[t], bias), x[t][:, own[t]]])
+            if compensate and layers[t].bias:
+                rows = rows - rows.mean(0)  # every task has a shift of its own
             curvature = alpha[t] / len(data[t]) * sum(np.outer(row, row) for row in rows)
             whole.append(curvature + damping * np.mean(np.diag(curvature)) * np.eye(len(curvature)))
             # What is left of the error where the own weights are free: the inverse of a part of the inverse.
@@ -264,8 +267,8 @@ def zip_twin(
                 change = _restricted(layers[t].matrix[[unit]], shared[t], bias)[0] - before
                 at = len(change)
                 layers[t].matrix[unit, own[t]] -= np.linalg.inv(whole[t][at:, at:]) @ whole[t][at:, :at] @ change
-            if compensate:
-                _match_spread(layers, (i, j), x, z, alpha, bias)
+                if compensate:
+                    _own_scale(layers[t], unit, x[t], z[t][:, unit])
         _arrange(zipped, number, pairs)
         shared_before = len(pairs)
         changed = changed or len(pairs) > 0
@@ -466,6 +469,16 @@ def _put(matrix: np.ndarray, unit: int, columns: np.ndarray, merged: np.ndarray,
     matrix[unit, columns] = merged[: len(columns)]
     if bias:
         matrix[unit, -1] = merged[-1]
+
+
+def _own_scale(layer: Layer, unit: int, x: np.ndarray, z: np.ndarray) -> None:
+    """Scale and shift a unit so that it comes closest to its original answers; without a bias there is no shift."""
+    y = x @ layer.matrix[unit]
+    shifted = np.column_stack([y, np.ones(len(y))]) if layer.bias else y[:, None]
+    scale = np.linalg.lstsq(shifted, z, rcond=None)[0][0].clip(0.1, 10.0) if y.var() > 1e-9 * np.mean(y**2) else 1.0
+    layer.matrix[unit] *= scale
+    if layer.bias:
+        layer.matrix[unit, -1] += (z - scale * y).mean()
 
 
 def _match_spread(

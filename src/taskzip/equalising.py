@@ -11,7 +11,7 @@ How much varies what the networks are given, all of them have in common.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,18 +24,33 @@ _LEAST = 1e-3
 """Units are scaled by no less than this, relative to the root mean square over their space."""
 
 
-class Units(NamedTuple):
-    """The units of a space: how much each matters to what reads it, and how many times as large it was made."""
+class Sizes(NamedTuple):
+    """What is known of the units of a network whose sizes were made equal.
 
-    matters: np.ndarray
-    scale: np.ndarray
+    Attributes:
+        scales: per space whose units were scaled, how many times as large each of them was made.
+        matters: per space, by how much what reads a unit changes when the unit does, relative to the readers' sizes;
+            with a root mean square of 1 over the units.
+        rows: per layer, how large each row is now.
+    """
 
-    def ordered(self, order: np.ndarray) -> Units:
-        """In another order."""
-        return Units(self.matters[order], self.scale[order])
+    scales: dict[int, np.ndarray]
+    matters: dict[int, np.ndarray]
+    rows: dict[str, np.ndarray]
+
+    @classmethod
+    def unknown(cls) -> Sizes:
+        """Of a network that was left as it was."""
+        return cls({}, {}, {})
+
+    def reorder(self, space: int, order: np.ndarray) -> None:
+        """The units of a space were put into another order."""
+        for each in (self.scales, self.matters):
+            if space in each:
+                each[space] = each[space][order]
 
 
-def equalise(network: nn.Module, structure: Structure, variances: Mapping[str, np.ndarray]) -> dict[int, Units]:
+def equalise(network: nn.Module, structure: Structure, variances: Mapping[str, np.ndarray]) -> Sizes:
     """Give every unit whose scale is free the size 1, in place.
 
     The square of a residual stream's unit is the sum over all layers that write into it. In half precision scales are
@@ -45,18 +60,15 @@ def equalise(network: nn.Module, structure: Structure, variances: Mapping[str, n
         network: computes the same afterwards.
         structure: of the network.
         variances: of each input of the layers that read what the network is given, by their names.
-
-    Returns:
-        Per space whose units were scaled, by how much, and how much each of them matters: which part it has of the
-        units that read it, with a root mean square of 1 over the units.
     """
-    sizes = _Sizes(network, structure, variances)
-    scales = {space: _floored(squares) ** -0.5 for space, squares in sizes.spaces.items() if squares.any()}
+    sizes, free = _Squares(network, structure, variances), structure.scales.free
+    scales = {s: _floored(squares) ** -0.5 for s, squares in sizes.spaces.items() if free[s] and squares.any()}
     if any(p.dtype.itemsize < 4 for p in network.parameters()):
         scales = {space: np.exp2(np.round(np.log2(scale))) for space, scale in scales.items()}
-    importance = sizes.parts(scales)
+    matters = {space: _relative(squares) for space, squares in sizes.read(scales).items()}
+    rows = {layer.name: _floored(squares) ** 0.5 for layer, squares in sizes.rows(scales)}
     structure.rescale(network, scales)
-    return {space: Units(_relative(each), scales[space]) for space, each in importance.items()}
+    return Sizes(scales, matters, rows)
 
 
 def restored(scales: Sequence[np.ndarray], slots: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -82,11 +94,11 @@ def _floored(squares: np.ndarray) -> np.ndarray:
     return np.maximum(squares, _LEAST**2 * squares.mean() + np.finfo(float).tiny)
 
 
-class _Sizes:
+class _Squares:
     """The squared sizes of units, layer by layer in the order in which they run.
 
     Attributes:
-        spaces: per space whose scales are free and that a layer writes, the square of each unit.
+        spaces: per space that a layer writes, the square of each unit.
     """
 
     def __init__(self, network: nn.Module, structure: Structure, variances: Mapping[str, np.ndarray]) -> None:
@@ -98,7 +110,7 @@ class _Sizes:
             self._add(layer)
 
     def _add(self, layer: Layer) -> None:
-        parts = {s: rows for s, rows in self._structure.parts(layer).items() if self._structure.scales.free[s]}
+        parts = self._structure.parts(layer)
         if self._network.get_parameter(layer.weight).is_complex() or (_grouped(layer) and parts.keys() & self.spaces):
             return  # a grouped convolution passes units on that are known already
         squares = self._squares(layer)
@@ -136,21 +148,27 @@ class _Sizes:
         found = {space: self._structure.spaces[space].positions(layer.columns) for space in self.spaces}
         return {space: places for space, places in found.items() if places.size}
 
-    def parts(self, scales: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
-        """Per scaled space, which part each unit has of the units that read it, scaled; summed over the layers."""
-        total = {space: np.zeros(len(scale)) for space, scale in scales.items()}
+    def rows(self, scales: Mapping[int, np.ndarray]) -> Iterator[tuple[Layer, np.ndarray]]:
+        """The layers whose rows have a known size, and the squares of these once their spaces are scaled."""
         for layer in self._structure.layers:
-            read = {space: places for space, places in self._read(layer).items() if space in scales}
-            if layer.name not in self._rows or not read:
-                continue
-            rows = self._rows[layer.name].copy()
-            for space, own in self._structure.parts(layer).items():
-                rows[own] *= scales[space][:, None] ** 2 if space in scales else 1
-            squares, inputs = self._squares(layer), self._inputs[layer.name]
-            weights = rows / np.maximum(_product(squares, inputs), np.finfo(float).tiny)
-            parts = _product(squares.T, weights) * inputs / max(rows.sum(), np.finfo(float).tiny)
-            for space, places in read.items():
-                total[space] += parts[places].sum(1)
+            if layer.name in self._rows:
+                found = self._rows[layer.name].copy()
+                for space, own in self._structure.parts(layer).items():
+                    found[own] *= scales[space][:, None] ** 2 if space in scales else 1
+                yield layer, found
+
+    def read(self, scales: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
+        """Per space, the square of what each unit is multiplied by where it is read, relative to its readers' sizes.
+
+        Summed over the layers, each of which counts by what its rows are.
+        """
+        total = {space: np.zeros(len(squares)) for space, squares in self.spaces.items()}
+        for layer, rows in self.rows(scales):
+            squares = self._squares(layer)
+            weights = rows / np.maximum(_product(squares, self._inputs[layer.name]), np.finfo(float).tiny)
+            found = _product(squares.T, weights) / max(rows.sum(), np.finfo(float).tiny)
+            for space, places in self._read(layer).items():
+                total[space] += found[places].sum(1) / scales.get(space, np.ones(1)) ** 2
         return total
 
 

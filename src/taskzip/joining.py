@@ -307,7 +307,7 @@ class JointLayer:
             list(present.values()),
             cost,
             counts=[*(joint for _ in sides[1:]), new],
-            centred=[bool(side.layer.batch_norm) for side in sides],
+            centred=[side.centred for side in sides],
         )
 
     def _better_spread(

@@ -28,11 +28,13 @@ class TaskLayer:
         task: its number.
         layer: what the graph says of it.
         weights: all incoming weights [rows, inputs * taps + 1], bias last; divided by what batch-norm will divide each
-            row by, where the scale of a unit must not matter.
+            row by, or by its size where it has a scale of its own, so that the scale of a unit does not matter.
         statistics: what the layer reads.
         samples: over how many samples these were summed.
         balance: of its error, as for `zip`, relative to the variance of its answers.
         damping: as for `zip`.
+        centred: whether every task takes the mean off its units again, by batch-norm or a shift of its own, so that
+            only their spread matters.
         private: columns that no other task has and whose weights follow the shared ones; none if they stay.
         cross: whether shared units read more than what all of their owners have.
         pruned: whether weights that are 0 are missing connections.
@@ -45,6 +47,7 @@ class TaskLayer:
     samples: int
     balance: float
     damping: float
+    centred: bool
     private: Tensor
     cross: bool = True
     pruned: bool = True
@@ -96,9 +99,8 @@ class TaskLayer:
 
     def _curvature(self, common: CommonInputs) -> Tensor | Factored:
         """The same over these columns."""
-        # Batch-norm takes the mean off again, for each task by itself, so that only the spread matters.
         s = self.statistics
-        moments = s.rows * s.covariance() if self.layer.batch_norm else s.curvature
+        moments = s.rows * s.covariance() if self.centred else s.curvature
         return damped(self.balance / self.samples * restricted(moments, self._columns(common)), self.damping)
 
 

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from taskzip.answers import Answers
 from taskzip.copying import copy_of, uncompiled
-from taskzip.equalising import Units, equalise
+from taskzip.equalising import Sizes, equalise
 from taskzip.errors import GraphError, InputError, TaskzipWarning
 from taskzip.graph import Layer, Structure, analyse
 from taskzip.observation import MaxRows, Observer, evaluating, run_batch
@@ -57,7 +57,7 @@ class Member:
         slots: per space that has been put into order, the joint space, and in which of its slots each unit stands.
         changed: whether anything upstream may differ from the original network.
         answers: what the original network answers, as far as it is remembered.
-        scaled: per space whose units were scaled before zipping, what is known of them.
+        known: the sizes of its units, where they were made equal.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Member:
         self._check_orders(batch, answers, seed, equal_sizes)
         self.changed = False
         self.answers = Answers()
-        self.scaled: dict[int, Units] = {}
+        self.known = Sizes.unknown()
 
     def _first_answers(self, batch: Batch) -> Any:
         with evaluating(self.network):
@@ -255,8 +255,8 @@ class Member:
         Args:
             variances: per layer that reads what the network is given, of each input.
         """
-        self.scaled = equalise(self.network, self.structure, variances)
-        if self.scaled:
+        self.known = equalise(self.network, self.structure, variances)
+        if self.known.scales:
             self.original = copy_of(self.network)
 
     def observer(self, max_rows: MaxRows, seed: int) -> Observer:
@@ -342,8 +342,12 @@ class Member:
         self.structure.reorder(self.network, space, order)
         self._orders[space] = self._orders.get(space, np.arange(len(order)))[order]
         self.slots[space] = (joint, slots)
-        if space in self.scaled:
-            self.scaled[space] = self.scaled[space].ordered(order)
+        self.known.reorder(space, order)
+
+    def sizes(self, layer: Layer) -> np.ndarray:
+        """How large each row of a layer is by its weights (`equalising`); 1 where nothing is known of it."""
+        sizes, rows = self.known.rows.get(layer.name, np.ones(layer.units)), self.original_rows(layer)
+        return sizes if rows is None else sizes[rows.numpy()]
 
     def original_rows(self, layer: Layer) -> Tensor | None:
         """Per row of a layer, which row it was in the original network; None where no row has moved."""

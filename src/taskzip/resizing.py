@@ -45,9 +45,9 @@ def restore_scales(members: Sequence[Member], paired_anew: Collection[int]) -> N
     """
     scales: list[dict[int, np.ndarray]] = [{} for _ in members]
     for joint, spaces in _together(members):
-        if all(space in members[t].scaled for t, space in spaces):  # else one of them has a size of its own
+        if all(space in members[t].known.scales for t, space in spaces):  # else one of them has a size of its own
             slots = [_slots(members[t], space, joint in paired_anew) for t, space in spaces]
-            sizes = [members[t].scaled[space].scale for t, space in spaces]
+            sizes = [members[t].known.scales[space] for t, space in spaces]
             for (t, space), scale in zip(spaces, restored(sizes, slots), strict=True):
                 scales[t][space] = scale
     _rescale(members, scales)
@@ -58,7 +58,7 @@ def _together(members: Sequence[Member]) -> list[tuple[int, Spaces]]:
     found: dict[int, Spaces] = {}
     alone = []
     for t, member in enumerate(members):
-        for space in member.scaled.keys() | member.slots.keys():
+        for space in member.known.scales.keys() | member.slots.keys():
             if space in member.slots:
                 found.setdefault(member.slots[space][0], []).append((t, space))
             else:
@@ -67,7 +67,7 @@ def _together(members: Sequence[Member]) -> list[tuple[int, Spaces]]:
 
 
 def _slots(member: Member, space: int, one: bool) -> np.ndarray:
-    units = np.arange(len(member.scaled[space].scale))
+    units = np.arange(len(member.known.scales[space]))
     if one:
         return np.zeros_like(units)
     return member.slots[space][1] if space in member.slots else units

@@ -171,20 +171,24 @@ class Zipper:
         private: Tensor,
         *,
         normed: bool = True,
+        scaled: bool = False,
         cross: bool = True,
     ) -> TaskLayer:
-        """A task's layer, free of its units' scale where batch-norm follows, if that is wanted."""
+        """A task's layer, free of its units' scale where batch-norm follows, if that is wanted, or one of its own."""
         answered = len(statistics.square) > 0  # a survey does not sum up answers, which are those of these weights
         _, variance = statistics.answer_moments() if answered else statistics.moments(weights)
+        scale = torch.from_numpy(self.members[task].sizes(layer)).to(variance) if scaled else None
         if layer.batch_norm and normed:
             scale = self.members[task].batch_norm_scale(layer)
+        if scale is not None:
             weights, variance = weights / scale[:, None], variance / scale.square()
         samples, balance = self.members[task].samples, self.settings.balance[task]
         if self.settings.relative and variance.any():
             balance = balance / float(variance.mean())
         damping, private = self.settings.damping, private.to(weights.device)
         pruned = layer.name in self.members[task].pruned
-        return TaskLayer(task, layer, weights, statistics, samples, balance, damping, private, cross, pruned)
+        centred = bool(layer.batch_norm) or (scaled and layer.bias is not None)
+        return TaskLayer(task, layer, weights, statistics, samples, balance, damping, centred, private, cross, pruned)
 
     def _join(
         self,
@@ -195,10 +199,12 @@ class Zipper:
         quota: Quota,
     ) -> list[JointLayer]:
         """Lines 5 to 7 of Algorithm 1, one task after another, for the units of each joint space by themselves."""
-        normed = all(layer.batch_norm for layer in inputs.layers.values())
+        normed, scaled = all(layer.batch_norm for layer in inputs.layers.values()), self._may_scale(inputs)
         adapt, cross = self.settings.adapt and inputs.cross, inputs.cross
         sides = {
-            t: self._side(t, layer, weights[t], s, inputs.private(t) if adapt else NONE, normed=normed, cross=cross)
+            t: self._side(
+                t, layer, weights[t], s, inputs.private(t) if adapt else NONE, normed=normed, scaled=scaled, cross=cross
+            )
             for t, layer in inputs.layers.items()
             if (s := statistics[t]) is not None
         }
@@ -210,15 +216,24 @@ class Zipper:
                 {t: self.members[t].slots[space][1] for t, space in part.spaces.items()} if placed and not own else None
             )
             how, aligned = self.settings, self._is_aligned(part) and not own
-            known = {t: self.members[t].scaled for t in part.spaces}
-            importance = {t: known[t][space].matters for t, space in part.spaces.items() if space in known[t]}
+            importance = self._importance(inputs, part, scaled or normed)
             pairing = Pairing(part.quotas(each), how.matching, how.seed, aligned, how.connections, importance)
             common = None if inputs.cross else self.common.of(part)
             joint = JointLayer(sides, inputs, part.rows, pairing, given, common, self.spaces.wholes(part.joint))
-            if self.settings.spread and not self._may_scale(inputs):
+            if self.settings.spread and not scaled:
                 joint.match_spread()
             joints.append(joint)
         return joints
+
+    def _importance(self, inputs: JointInputs, part: Part, relative: bool) -> dict[int, np.ndarray]:
+        """How much errors of units count, by task; errors as they are, or `relative` to the sizes of their rows."""
+        found = {}
+        for t, space in part.spaces.items():
+            member = self.members[t]
+            if space in member.known.matters:
+                sizes = member.sizes(inputs.layers[t])[part.rows[t]]
+                found[t] = member.known.matters[space] * ((sizes**2).mean(1) ** 0.5 if relative else 1.0)
+        return found
 
     def _may_scale(self, inputs: JointInputs) -> bool:
         """Whether every task gets a scale of its own for each shared unit: where no batch-norm is one already."""
@@ -239,10 +254,13 @@ class Zipper:
         """By what each task multiplies its rows, 1 where they are its own; its biases are written into the weights."""
         found: dict[int, Tensor] = {}
         for t, layer in inputs.layers.items() if joints and self._may_scale(inputs) else ():
-            shared = torch.from_numpy(np.concatenate([_NO_ROWS, *_shared_rows(t, parts, joints).values()]))
-            seen = statistics[t]
+            rows = np.concatenate([_NO_ROWS, *_shared_rows(t, parts, joints).values()])
+            shared, seen = torch.from_numpy(rows).to(weights[t].device), statistics[t]
             assert seen is not None
-            scale, shift = own_scale(seen.of_units(shared), weights[t][shared], bias=layer.bias is not None)
+            size = torch.from_numpy(self.members[t].sizes(layer)[rows]).to(weights[t])
+            present = size[:, None] * weights[t][shared]
+            scale, shift = own_scale(seen.of_units(shared), present, bias=layer.bias is not None)
+            scale = size * scale
             found[t] = torch.ones_like(weights[t][:, 0]).index_copy(0, shared, scale)
             weights[t][shared, -1] = scale * weights[t][shared, -1] + shift
         return found

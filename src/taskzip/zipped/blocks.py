@@ -164,10 +164,10 @@ class Blocks(nn.Module):
             given.new_ones(n) if name is None else self._part(name, None)
             for name, n in zip(self._scales, self._groups, strict=True)
         ]
-        scale = self._ordered(parts[0] if len(parts) == 1 else torch.cat(parts), 0).to(given.dtype)
+        scale = self._ordered(parts[0] if len(parts) == 1 else torch.cat(parts), 0)
         behind = (1,) * ((given.dim() if dim >= 0 else 0) - dim - 1)
-        scale = scale.view(-1, *behind)
-        return given * scale if bias is None else torch.addcmul(bias.view(-1, *behind), given, scale)
+        scale = scale.to(given.dtype).view(-1, *behind)
+        return given * scale if bias is None else torch.addcmul(bias.to(given.dtype).view(-1, *behind), given, scale)
 
     def _rows(self) -> list[Row]:
         """The blocks of each group of rows, and the order into which their columns are put."""
@@ -297,7 +297,9 @@ def has_own_scale(network: nn.Module, weight: str, bias: str | None) -> bool:
     path, _, name = weight.rpartition(".")
     module = network.get_submodule(path)
     own = name == "weight" and bias in (None, f"{path}.bias" if path else "bias")
-    return own and not network.get_parameter(weight).is_complex() and forward_in_blocks(original_class(module)) is not None
+    return (
+        own and not network.get_parameter(weight).is_complex() and forward_in_blocks(original_class(module)) is not None
+    )
 
 
 def installed(network: nn.Module) -> dict[str, Blocks]:
