@@ -220,7 +220,7 @@ def count(*models: nn.Module) -> int:
 def test_three_layers_and_five_by_default() -> None:
     """Hidden layers with hidden layers that read the same, the output with the output."""
     models, x = [fc(5, 8, 6, 3), fc(5, 7, 6, 6, 5, 2)], [vectors(40), vectors(50)]
-    zipped = run_zip(models, x)
+    zipped = run_zip(models, x, own_scale=False)
     assert shared(zipped) == {("0", "0"): 7, ("2", "2"): 6, ("", "4"): 0, ("", "6"): 0, ("4", "8"): 0}
     notes = {record.names: record.note for record in zipped.history.layers}
     assert notes["", "4"] == notes["", "6"] == "no other network has such a layer"
@@ -310,7 +310,7 @@ def test_a_block_more_that_does_nothing(way: str) -> None:
     structure, rng = tz.inspect(deeper, x), np.random.default_rng(1)
     for index, space in enumerate(structure.spaces):
         structure.reorder(deeper, index, rng.permutation(len(space.units)))
-    zipped = run_zip([deeper, model], [x, x], residual=way)
+    zipped = run_zip([deeper, model], [x, x], residual=way, own_scale=False)
     for task in "ab":
         assert (zipped[task](x) - model(x)).abs().max() < 1e-8
     assert max(record.cost for record in zipped.history.layers) < 1e-10
@@ -335,7 +335,7 @@ class Pooled(nn.Module):
 def test_other_channels_and_other_sizes_of_images() -> None:
     x = [torch.randn(14, 1, 4, 4, dtype=DOUBLE), torch.randn(11, 3, 5, 6, dtype=DOUBLE)]
     models = [Pooled(1).to(DOUBLE), Pooled(3).to(DOUBLE)]
-    zipped = run_zip(models, x)
+    zipped = run_zip(models, x, own_scale=False)
     assert [record.shared for record in zipped.history.layers] == [5, 6, 7, 0]
     assert count(*models) - zipped.parameter_count() == 5 * 9 + 5 + 6 * 45 + 6 + 7 * 6 + 7  # one channel in common
 

@@ -29,9 +29,9 @@ def conv_net(outputs: int) -> nn.Sequential:
     ).eval()
 
 
-def zipped_pair(models: list[nn.Module], data: list[Tensor], share: float) -> tz.ZippedModel:
+def zipped_pair(models: list[nn.Module], data: list[Tensor], share: float, **options: bool) -> tz.ZippedModel:
     tasks = [tz.Task(name, model, [x]) for name, model, x in zip("ab", models, data, strict=True)]
-    return tz.zip(tasks, share=share, progress=False)
+    return tz.zip(tasks, share=share, progress=False, **options)
 
 
 def flops(zipped: tz.ZippedModel) -> dict[str, object]:
@@ -79,7 +79,7 @@ def test_those_of_the_originals_are_the_same_whatever_zip_does(options: dict[str
 
 
 def test_a_common_trunk_counts_once():
-    zipped = zipped_pair([conv_net(3), conv_net(5)], [torch.randn(16, 2, 8, 8)] * 2, 1.0)
+    zipped = zipped_pair([conv_net(3), conv_net(5)], [torch.randn(16, 2, 8, 8)] * 2, 1.0, own_scale=False)
     assert flops(zipped)["together"] == 2 * (64 * 4 * (2 * 9) + 9 * 6 * (4 * 9) + 54 * 3 + 54 * 5)
 
 

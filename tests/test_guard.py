@@ -150,7 +150,17 @@ def test_spread_in_a_wrong_order(monkeypatch: Plant) -> None:
 
     match_spread = taskzip.joining.match_spread
     monkeypatch.setattr(taskzip.joining, "match_spread", wrong)
-    assert_found(tasks(), "the spread of its units")
+    assert_found(tasks(), "the spread of its units", own_scale=False)
+
+
+def test_own_scales_in_a_wrong_order(monkeypatch: Plant) -> None:
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        scale, shift = own_scale(*args, **kwargs)
+        return 3 * scale.roll(1), shift.roll(1)
+
+    own_scale = taskzip.zipper.own_scale
+    monkeypatch.setattr(taskzip.zipper, "own_scale", wrong)
+    assert_found(tasks(), "least squares raises its error")
 
 
 def test_batch_norm_in_a_wrong_order(monkeypatch: Plant) -> None:

@@ -592,8 +592,24 @@ def assert_copy_is_found(name: str, options: dict[str, Any]) -> None:
     for task in "ab":
         assert_close(outputs(zipped[task], x), outputs(model, x), 1e-8)
         assert_close(outputs(zipped[task], fresh), outputs(model, fresh), 1e-8)
-    assert zipped.parameter_count() == 2 * count(model) - saved_by_full_sharing(name)
-    assert zipped.shared_parameter_count() == saved_by_full_sharing(name)
+    scales, biases = own_numbers(name, zipped)
+    assert zipped.parameter_count() == 2 * count(model) - saved_by_full_sharing(name) + scales + biases
+    assert zipped.shared_parameter_count() == saved_by_full_sharing(name) - biases
+
+
+def own_numbers(name: str, zipped: tz.ZippedModel) -> tuple[int, int]:
+    """Scales of both tasks, and biases of shared rows that have one, which are then not shared."""
+    scales = biases = 0
+    for layer in structure_of(name).layers:
+        rows = [
+            p.numel()
+            for task in zipped
+            for key, p in getattr(installed(zipped[task]).get(layer.weight), "named_parameters", list)()
+            if ":" in key
+        ]
+        scales += sum(rows)
+        biases += rows[0] if rows and layer.bias is not None else 0
+    return scales, biases
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -624,9 +640,12 @@ def strangers(name: str, tasks: int) -> tuple[list[nn.Module], list[Tensor], tz.
     share = 0.5 if tasks == 3 or list(HAZARDS).index(name) % 2 else 1.0
     moved = MOVED_BY_CUTTING[name, tasks] = {}
 
-    def install(members: Sequence[Any], *arguments: Any) -> None:
+    def install(members: Sequence[Any], inputs: Any, groups: Any, scales: Any) -> None:
         before = [dense_of(name, member.network) for member in members]
-        install_blocks(members, *arguments)
+        for t, scale in scales.items():
+            key = inputs.layers[t].weight
+            before[t][key] = before[t][key] * scale.view(-1, *(1,) * (before[t][key].dim() - 1))
+        install_blocks(members, inputs, groups, scales)
         for member, was in zip(members, before, strict=True):
             for key, tensor in dense_of(name, member.network).items():
                 if not torch.equal(tensor, was[key]):
@@ -691,7 +710,8 @@ def test_strangers_without_weights_from_private_to_shared_units(name: str, tasks
     x = [data(name, seed, SAMPLES + seed) for seed in range(tasks)]
     found = {}
 
-    def install(members: Sequence[Any], inputs: Any, groups: Any) -> None:
+    def install(members: Sequence[Any], inputs: Any, groups: Any, scales: Any) -> None:
+        assert not scales
         before = [dense_of(name, member.network) for member in members]
         install_blocks(members, inputs, groups)
         for member, was in zip(members, before, strict=True):
@@ -766,7 +786,7 @@ def test_a_step_of_one_task_moves_what_it_owns_and_nothing_else(name: str) -> No
     for task in zipped:
         for blocks in installed(zipped[task]).values():
             for key, parameter in blocks.named_parameters():
-                owners, _, users = key.partition("@")
+                owners, _, users = key.replace(":", "@").partition("@")
                 assert holders[parameter] == set((users or owners).split("+"))
                 together |= {parameter} if len(holders[parameter]) > 1 else set()
     assert together & moved
@@ -952,7 +972,7 @@ def test_merged_units_of_a_residual_layer_keep_mean_and_spread(balance: float, m
     monkeypatch.setattr(Settings, "relative", False)  # moments are compared with those of units as they are
     name, layer = "residual without projection", "second1"
     models, x = [network(name, seed) for seed in range(2)], [data(name, seed, 16) for seed in range(2)]
-    zipped = zipped_of(name, models, x, share={layer: 6}, balance=balance)
+    zipped = zipped_of(name, models, x, share={layer: 6}, balance=balance, own_scale=False)
     plain = [zipped.materialize(task) for task in "ab"]
     np.testing.assert_array_equal(*(np.sort(weights_of(each, layer), 1) for each in plain))  # each reads in its order
     moments = np.zeros((2, 2, 6))  # of the original and of the merged units, mean and variance

@@ -313,7 +313,7 @@ def stems_of_different_kernels() -> tuple[list[nn.Module], Tensor]:
 def test_each_layer_of_a_stream_may_share_another_number(residual_: str) -> None:
     models, x = [residual(), residual()], [vectors(40), vectors(44)]
     share = {"stem": 2, "second.0": 1.0, "first.1": 3, "second.1": 0.5}
-    zipped = run_zip(models, x, share=share, residual=residual_)
+    zipped = run_zip(models, x, share=share, residual=residual_, own_scale=False)
     assert shared(zipped) == {"stem": 2, "first.0": 0, "second.0": 7, "first.1": 3, "second.1": 4, "out": 0}
     # Inputs are aligned, so that a shared unit shares its weights over the whole input (design 2.1).
     saved = {"stem": 2 * 6, "first.0": 0, "second.0": 7 * 7, "first.1": 3 * 8, "second.1": 4 * 7, "out": 0}
@@ -350,7 +350,7 @@ def test_independent_writers_find_pairs_of_their_own(share: float) -> None:
             one, two = model.get_submodule(layer), other.get_submodule(layer)
             two.weight.copy_(one.weight[order])
             two.bias.copy_(one.bias[order])
-    zipped = run_zip([model, other], [x, x], residual="independent", share=share)
+    zipped = run_zip([model, other], [x, x], residual="independent", share=share, own_scale=False)
     assert costs(zipped) == pytest.approx({"a": 0, "b": 0, "out": 0}, abs=1e-12)
     units = round(5 * share)
     assert shared(zipped) == {"a": units, "b": units, "out": 0}
@@ -391,13 +391,13 @@ def chain() -> nn.Sequential:
 @pytest.mark.parametrize(("aligned", "saved"), [(True, [4 * 6, 3 * 9, 0]), (None, [4 * 6, 3 * 5, 0])])
 def test_aligned_inputs_share_whole_rows(aligned: bool | None, saved: list[int]) -> None:
     models, x = [chain(), chain()], [vectors(30), vectors(30)]
-    zipped = run_zip(models, x, share=0.5, aligned=aligned)
+    zipped = run_zip(models, x, share=0.5, aligned=aligned, own_scale=False)
     assert [record.before - record.after for record in zipped.history.layers] == saved
 
 
 def test_a_layer_behind_one_that_shares_nothing() -> None:
     models, x = [chain(), chain()], [vectors(30), vectors(30)]
-    zipped = run_zip(models, x, share={"2": 4}, aligned=True)
+    zipped = run_zip(models, x, share={"2": 4}, aligned=True, own_scale=False)
     assert shared(zipped) == {"0": 0, "2": 4, "4": 0}
     assert [record.before - record.after for record in zipped.history.layers] == [0, 4 * 9, 0]
     for aligned in (None, False):

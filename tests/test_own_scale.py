@@ -48,7 +48,7 @@ KINDS = {smooth: (5,), images: (2, 6, 6), sequences: (2, 6)}
 
 def pair(make: Callable[[int], nn.Module]) -> tuple[list[nn.Module], list[list[Tensor]]]:
     models = [make(classes).eval() for classes in (3, 4)]
-    return models, [[torch.randn(40, *KINDS[make], dtype=DOUBLE) for _ in range(3)] for _ in models]
+    return models, [[torch.randn(200, *KINDS[make], dtype=DOUBLE) for _ in range(3)] for _ in models]
 
 
 def related(make: Callable[[int], nn.Module]) -> tuple[list[nn.Module], list[list[Tensor]]]:

@@ -461,7 +461,10 @@ def numbered(zipped: tz.ZippedModel) -> tz.ZippedModel:
     """A copy in which every weight is a number of its own: what has equal numbers is one parameter."""
     zipped, start = copy.deepcopy(zipped), 0
     with torch.no_grad():
-        for p in zipped.parameters():
+        for name, p in zipped.named_parameters():
+            if ":" in name:
+                p.fill_(1.0)  # a scale
+                continue
             p.copy_(torch.arange(start, start + p.numel()).reshape(p.shape))
             start += p.numel()
     return zipped

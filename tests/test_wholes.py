@@ -168,7 +168,7 @@ def test_a_reordered_copy_is_found(make: Callable[[], nn.Module], copies: int, o
 def test_shared_units_stand_in_groups_that_belong_together(share: float, width: int) -> None:
     """Independent networks, one of them perhaps wider: the groups of which are paired, and units inside of them."""
     models, x = [drawn(chain(4, 8)), drawn(chain(4, width))], images(40)
-    zipped = run_zip(models, x, share={"0": share})
+    zipped = run_zip(models, x, share={"0": share}, own_scale=False)
     assert zipped.history.layers[0].shared == round(8 * share)
     state = zipped.materialize("0")[0].weight, zipped.materialize("1")[0].weight
     same = (state[0][:, None] == state[1][None]).flatten(2).all(2).nonzero().tolist()

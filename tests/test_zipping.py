@@ -279,7 +279,7 @@ def count(*models: nn.Module) -> int:
 def test_parameters_of_linear_layers(share: float, first: int, second: int) -> None:
     """Saved per layer (design 2.1): shared inputs times shared units, and the shared units' biases."""
     models = [fc(4, 8, 9, 2), fc(6, 10, 7, 3)]
-    zipped = run_zip(models, [[vectors(20, 4)], [vectors(20, 6)]], share=share)
+    zipped = run_zip(models, [[vectors(20, 4)], [vectors(20, 6)]], share=share, own_scale=False)
     saved = [4 * first + first, first * second + second, 0]
     assert [r.before - r.after for r in zipped.history.layers] == saved
     assert zipped.parameter_count() == count(*models) - sum(saved)
@@ -291,7 +291,7 @@ def test_parameters_of_linear_layers(share: float, first: int, second: int) -> N
 @pytest.mark.parametrize("share, kernels, units", [(0.25, (1, 1), 2), (0.5, (2, 2), 3), (1.0, (4, 4), 6)])
 def test_parameters_of_convolutions(share: float, kernels: tuple[int, int], units: int) -> None:
     models = [cnn(1, (4, 5), 6), cnn(1, (5, 4), 7)]
-    zipped = run_zip(models, [[images(10)], [images(10)]], share=share)
+    zipped = run_zip(models, [[images(10)], [images(10)]], share=share, own_scale=False)
     first, second = kernels
     saved = [
         1 * first * 9 + first,
@@ -306,7 +306,7 @@ def test_parameters_of_convolutions(share: float, kernels: tuple[int, int], unit
 
 def test_parameters_without_biases() -> None:
     models = [fc(4, 6, 5, 3, bias=False), fc(4, 6, 5, 3)]
-    zipped = run_zip(models, [[vectors(20, 4)], [vectors(20, 4)]])
+    zipped = run_zip(models, [[vectors(20, 4)], [vectors(20, 4)]], own_scale=False)
     assert [r.before - r.after for r in zipped.history.layers] == [4 * 6, 6 * 5, 0]
 
 
@@ -391,7 +391,7 @@ def test_layers_of_different_shape_stay_private() -> None:
 def test_networks_may_differ_in_depth() -> None:
     """Layers correspond by what they are; more in test_correspondence."""
     models, data = [fc(4, 6, 5, 3), fc(4, 7, 3)], [[vectors(20, 4)], [vectors(20, 4)]]
-    zipped = run_zip(models, data)
+    zipped = run_zip(models, data, own_scale=False)
     assert [(r.names, r.shared) for r in zipped.history.layers] == [(("0", "0"), 6), (("2", ""), 0), (("4", "2"), 0)]
     assert zipped.parameter_count() == count(*models) - 6 * 5
     for name, (x,) in zip("ab", data, strict=True):

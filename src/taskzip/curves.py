@@ -71,7 +71,8 @@ class Curve(NamedTuple):
         layer: its name.
         cost: of k = 0, 1, ... pairs, the cheapest first: their d (eq. 12) relative to the layer's energy, summed.
         parts: its units by joint space.
-        bias: parameters that a shared row saves without any input: its bias, once for each further task.
+        bias: parameters that a shared row saves without any input: its bias, once for each further task; or less than
+            none, where it has a scale and a bias for each task.
         reads: the inputs that are common.
         follows: whether weights of inputs that are not common follow the shared ones.
     """
@@ -258,7 +259,7 @@ class Tradeoff:
         """Give back pairs of that one layer where most cost can go; the plan itself where none can."""
         spare, gains = self.saving(plan) - saving, self._gains(plan)
         fewer = {
-            layer: count - min(count, int(spare / gains[layer])) if gains[layer] else 0
+            layer: count - min(count, int(spare / gains[layer])) if gains[layer] > 0 else 0
             for layer, count in plan.items()
             if count and spare >= 0
         }

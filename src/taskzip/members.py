@@ -17,12 +17,12 @@ from taskzip.copying import copy_of, uncompiled
 from taskzip.equalising import Sizes, equalise
 from taskzip.errors import GraphError, InputError, TaskzipWarning
 from taskzip.graph import Layer, Structure, analyse
-from taskzip.observation import MaxRows, Observer, evaluating, run_batch
+from taskzip.observation import MaxRows, Observer, counted_calls, evaluating, run_batch
 from taskzip.orders import Order, misread
 from taskzip.outputs import tensors
 from taskzip.sparsity import pruned_layers
 from taskzip.task import Batch, Task, has_numbers
-from taskzip.zipped.blocks import installed, weights_of
+from taskzip.zipped.blocks import has_own_scale, installed, weights_of
 from taskzip.zipped.folding import Fold, fold, foldable
 
 Owners = tuple[int, ...]
@@ -70,7 +70,8 @@ class Member:
         self.original = uncompiled(task.model)
         self.network = copy_of(self.original).eval()
         batch = next(task.batches())
-        answers = self._first_answers(batch)
+        with counted_calls(self.network) as self._calls:
+            answers = self._first_answers(batch)
         self.structure = self._analyse(batch)
         folds, self.unfolded = foldable(self.network, self.structure) if fold_batch_norm else ([], {})
         self.folded = [(each.layer, each.norm) for each in folds]
@@ -343,6 +344,15 @@ class Member:
         self._orders[space] = self._orders.get(space, np.arange(len(order)))[order]
         self.slots[space] = (joint, slots)
         self.known.reorder(space, order)
+
+    def may_scale(self, layer: Layer) -> bool:
+        """Whether the units of a layer can have a scale of their own, behind what torch's own module gives.
+
+        There is one already where batch-norm follows; and nothing can be done behind weights that are used elsewhere.
+        """
+        path, called = layer.weight.rpartition(".")[0], layer.calls
+        own = layer.solvable and not layer.batch_norm and self._calls[path] == called
+        return own and has_own_scale(self.network, layer.weight, layer.bias)
 
     def sizes(self, layer: Layer) -> np.ndarray:
         """How large each row of a layer is by its weights (`equalising`); 1 where nothing is known of it."""

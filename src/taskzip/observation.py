@@ -7,6 +7,7 @@ a convolution, so that padding, stride and functional calls need no rules of the
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -116,6 +117,21 @@ def keeping_modes(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def counted_calls(network: nn.Module) -> Iterator[Counter[str]]:
+    """How often each module of a network is called meanwhile, by its path."""
+    calls: Counter[str] = Counter()
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, path=path: calls.update([path]))
+        for path, module in network.named_modules()
+    ]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

@@ -34,6 +34,8 @@ class Recorder:
         parts: Sequence[Part],
         joints: Sequence[JointLayer],
         aligned: Sequence[bool],
+        *,
+        scaled: bool,
     ) -> float:
         """Write down one layer, after its units were paired and before anything is written or put into order.
 
@@ -43,12 +45,13 @@ class Recorder:
             parts: its units by joint space.
             joints: per part, what became of it.
             aligned: per part, whether later layers read all of its units in common, whether they are shared or not.
+            scaled: whether every task has a scale and a shift of its own for each shared row.
 
         Returns:
             What all of its pairs cost, relative to the layer's energy.
         """
         sizes = [PartSize(part.units, next(iter(part.rows.values())).shape[1], part.pairable()) for part in parts]
-        bias = max(len(inputs.bias) - 1, 0)
+        bias = -len(inputs.layers) if scaled else max(len(inputs.bias) - 1, 0)
         cost = _relative_cost(sizes, joints)
         self.curves.append(Curve(layer, cost, sizes, bias, self._reads(inputs), self._adapt and inputs.cross))
         for number, (part, whole) in enumerate(zip(parts, aligned, strict=True)):

@@ -29,7 +29,6 @@ from taskzip.ridge import choose_ridge
 from taskzip.settings import Settings
 from taskzip.spaces import JointSpaces, Part, alike, of_one_kind
 from taskzip.zipped import LayerRecord
-from taskzip.zipped.blocks import has_own_scale
 
 log = logging.getLogger("taskzip")
 
@@ -72,7 +71,7 @@ class Zipper:
         relative_cost = 0.0
         if joints:
             aligned = [self.settings.cross and self._is_aligned(part) for part in parts]
-            relative_cost = self.recorder.record(name, inputs, parts, joints, aligned)
+            relative_cost = self.recorder.record(name, inputs, parts, joints, aligned, scaled=self._may_scale(inputs))
         for joint in joints:
             joint.write(weights)
         scales = self._own_scales(inputs, parts, joints, statistics, weights)
@@ -237,11 +236,7 @@ class Zipper:
 
     def _may_scale(self, inputs: JointInputs) -> bool:
         """Whether every task gets a scale of its own for each shared unit: where no batch-norm is one already."""
-        each = inputs.layers.items()
-        return self.settings.own_scale and all(
-            layer.solvable and not layer.batch_norm and has_own_scale(self.members[t].network, layer.weight, layer.bias)
-            for t, layer in each
-        )
+        return self.settings.own_scale and all(self.members[t].may_scale(layer) for t, layer in inputs.layers.items())
 
     def _own_scales(
         self,
@@ -259,10 +254,14 @@ class Zipper:
             assert seen is not None
             size = torch.from_numpy(self.members[t].sizes(layer)[rows]).to(weights[t])
             present = size[:, None] * weights[t][shared]
-            scale, shift = own_scale(seen.of_units(shared), present, bias=layer.bias is not None)
-            scale = size * scale
-            found[t] = torch.ones_like(weights[t][:, 0]).index_copy(0, shared, scale)
-            weights[t][shared, -1] = scale * weights[t][shared, -1] + shift
+            units = seen.of_units(shared)
+            scale, shift = own_scale(units, present, bias=layer.bias is not None)
+            scaled = scale[:, None] * present
+            scaled[:, -1] += shift
+            better = (checked_fit(_where(self.members[t], layer), units, present, scaled) == scaled).all(1)
+            scale = torch.where(better, scale, 1)
+            found[t] = torch.ones_like(weights[t][:, 0]).index_copy(0, shared, size * scale)
+            weights[t][shared, -1] = torch.where(better, scaled[:, -1], present[:, -1])
         return found
 
     def _is_aligned(self, part: Part) -> bool:

@@ -378,7 +378,7 @@ def test_the_models_are_left_exactly_as_they_were() -> None:
 
 def test_loads_bit_identical_into_networks_of_the_original_class(tmp_path: Path) -> None:
     models, x = pair(lambda: Net(4, 5), lambda: Net(5, 6, bias=True))
-    zipped = run_zip(models, [x, images()], share=0.6)
+    zipped = run_zip(models, [x, images()], share=0.6, own_scale=False)
     zipped.save(tmp_path / "joint.safetensors")
     fresh = {"a": Net(4, 5).to(DOUBLE), "b": Net(5, 6, bias=True).to(DOUBLE)}
     before = {name: copy.deepcopy(model.state_dict()) for name, model in fresh.items()}
@@ -393,7 +393,7 @@ def test_loads_bit_identical_into_networks_of_the_original_class(tmp_path: Path)
     assert loaded.summary() == zipped.summary()
     assert all(p.requires_grad for p in loaded.parameters())
 
-    tz.retrain(loaded, tasks_of(models, [x, x]), steps=1, loss="distill", batch_norm="update", progress=False)
+    tz.retrain(loaded, tasks_of(models, [x, x]), steps=30, loss="distill", batch_norm="update", progress=False)
     loaded.save(tmp_path / "again.safetensors")
     again = tz.load(tmp_path / "again.safetensors", fresh)
     assert torch.equal(again["a"](x), loaded["a"](x))

@@ -41,11 +41,13 @@ def test_shared_weights_and_equal_buffers() -> None:
     assert inventory.holds([a, b]) and not list(inventory.equal_buffers())
 
 
-def test_blocks_count_where_all_of_the_weight_is_shared() -> None:
+@pytest.mark.parametrize("own_scale", [False, True])
+def test_blocks_count_where_all_of_the_weight_is_shared(own_scale: bool) -> None:
     nets = [nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)) for _ in range(2)]
     tasks = [tz.Task(name, net, [torch.randn(30, 6)]) for name, net in zip("ab", nets, strict=True)]
-    joint = tz.zip(tasks, share={"0": 1.0, "2": 0.5}, progress=False)
-    shared = {id(p) for p in joint["a"][0].parameters()}
+    joint = tz.zip(tasks, share={"0": 1.0, "2": 0.5}, progress=False, own_scale=own_scale)
+    names = ("weight_blocks.a+b",) if own_scale else ("weight_blocks.a+b", "bias_blocks.a+b")
+    shared = {id(joint["a"][0].get_parameter(name)) for name in names}
     assert {id(w) for w in Inventory(list(joint.tasks.values())).weights} == shared
 
 

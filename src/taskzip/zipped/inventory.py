@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from taskzip.zipped.blocks import Blocks, spec_of
+from taskzip.zipped.blocks import Blocks, spec_of, weights_of
 
 # While a function mode is on, torch takes another way through its own attention, and the last bits differ.
 _SENSITIVE = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
@@ -91,7 +91,7 @@ def _shared(named: Sequence[Sequence[tuple[str, nn.Module]]]) -> dict[int, tuple
         several = [parameter for parameter in own if len(users[id(parameter)]) > 1]
         if len(several) == len(own) or not isinstance(module, Blocks) or spec_of(module).apart:
             for name, each in module._parameters.items():
-                if each is not None and len(users[id(each)]) > 1:
+                if each is not None and len(users.get(id(each), ())) > 1:
                     found.setdefault(id(each), (each, []))[1].append((module._parameters, name))
     return found
 
@@ -112,6 +112,8 @@ def _alike(named: Sequence[Sequence[tuple[str, nn.Module]]], weights: Collection
 
 
 def _own(module: nn.Module) -> list[Tensor]:
+    if isinstance(module, Blocks):  # by what units are multiplied later does not matter
+        return list(weights_of(module))
     return [parameter for parameter in module._parameters.values() if parameter is not None]
 
 
