@@ -91,7 +91,7 @@ def test_networks_that_differ_in_scale_and_shift_of_their_units_become_one(make:
     common = errors(zipped_of(models, data, own_scale=False), models, data)
     # Nearly: with damping, and pairs found by how much two units differ that are then scaled.
     own = zipped_of(models, data, damping=0.0, balance=0.5)
-    assert sum(errors(own, models, data)) < 0.05 * sum(common)
+    assert sum(errors(own, models, data)) < 0.1 * sum(common)
 
 
 @pytest.mark.parametrize("make", KINDS)

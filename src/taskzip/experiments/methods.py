@@ -31,9 +31,10 @@ STEPS: dict[str, dict[str, Any]] = {
     "greedy MTZ (the paper)": {"matching": "greedy", **_PLAIN},
     "optimal pairs": _PLAIN,
     "+ output layers re-solved": {"compensate": "output"},
-    "+ compensation": {"adapt": False, "spread": False},
-    "+ spread": {"adapt": False},
-    "+ private weights follow": {},
+    "+ compensation": {"adapt": False, "spread": False, "own_scale": False},
+    "+ spread": {"adapt": False, "own_scale": False},
+    "+ private weights follow": {"own_scale": False},
+    "+ own scale and shift": {},
     "the same, weak ridge": {"ridge": 1e-3},
 }
 PRUNED_STEPS: dict[str, dict[str, Any]] = {"connections of both": {"connections": "any"}}
@@ -55,6 +56,7 @@ RETRAINED = (
     "optimal pairs",
     "+ output layers re-solved",
     "+ private weights follow",
+    "+ own scale and shift",
     "the same, weak ridge",
     "connections of both",
 )
