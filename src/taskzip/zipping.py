@@ -90,7 +90,7 @@ def zip_tasks(
             have a scale of their own. Default: with full compensation.
         own_scale: whether every task has a scale and a shift of its own for each shared unit, which come out of least
             squares: two numbers per unit and task for much lower errors. What units give then differs from task to
-            task, so that `zipped(x)` computes no more than the first layer once for all. Batch-norm does the same,
+            task, so that `zipped(x)` computes hardly anything once for all. Batch-norm does the same,
             where there is one. Default: with full compensation, unless the tasks are to have a common trunk
             (`cross=False`, `batch_norm="fold"`).
         residual: how the layers that write into one residual stream find their pairs (Sec. 3.7). "coupled": one order

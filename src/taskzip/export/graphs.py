@@ -55,6 +55,7 @@ class JointGraph:
                 copies[node] = copies[node.args[0]]  # where nothing is written, a copy of an input is the input itself
             else:
                 copies[node] = self.graph.node_copy(node, copies.__getitem__)
+        self._compute_vectors()
         self.unite()
 
     @property
@@ -103,6 +104,14 @@ class JointGraph:
             new.meta.setdefault("val", node.meta["val"])
         node.replace_all_uses_with(new)
         self.graph.erase_node(node)
+
+    def _compute_vectors(self) -> None:
+        """Vectors that products and sums take from constants, such as scales and biases of units, become constants."""
+        for node in self.operators():
+            for given in node.all_input_nodes if node.target in (aten.mul.Tensor, aten.add.Tensor) else ():
+                value = self.value(given) if given.op == "call_function" and self._depends(node) else None
+                if value is not None and value.numel() == max(value.shape, default=1):
+                    self.replace(given, self.constant(given.name, value))
 
     def value(self, argument: Any) -> Tensor | None:
         """What a node gives that depends on constants only; None for others, and for what is no node."""

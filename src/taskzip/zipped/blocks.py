@@ -160,14 +160,20 @@ class Blocks(nn.Module):
         """What units give along a dimension, each with the scale that is the task's own, and then the bias."""
         if not self._scales:
             return given
+        known = {name: self._part(name, None) for name in self._scales if name is not None}
+        like = next(iter(known.values()))
         parts = [
-            given.new_ones(n) if name is None else self._part(name, None)
+            like.new_ones(n) if name is None else known[name]
             for name, n in zip(self._scales, self._groups, strict=True)
         ]
         scale = self._ordered(parts[0] if len(parts) == 1 else torch.cat(parts), 0)
         behind = (1,) * ((given.dim() if dim >= 0 else 0) - dim - 1)
         scale = scale.to(given.dtype).view(-1, *behind)
-        return given * scale if bias is None else torch.addcmul(bias.to(given.dtype).view(-1, *behind), given, scale)
+        if bias is None:
+            return given * scale
+        bias = bias.to(given.dtype).view(-1, *behind)
+        # What graphs are made of should be plain.
+        return given * scale + bias if torch.compiler.is_compiling() else torch.addcmul(bias, given, scale)
 
     def _rows(self) -> list[Row]:
         """The blocks of each group of rows, and the order into which their columns are put."""

@@ -43,7 +43,7 @@ def _linear(module: Any, input: Tensor) -> Tensor:
         most = (_MANY if size >= LARGE else _FEW) * blocks._shape[1]
         if _may_split(module, blocks, input) and input.numel() <= most:
             return blocks._scaled(_product(F.linear, module, blocks, input, dim=-1), module.bias, -1)
-    if blocks._scales:
+    if _scales_behind(blocks, input):
         return blocks._scaled(F.linear(input, blocks._together()), module.bias, -1)
     return F.linear(input, module.weight, module.bias)
 
@@ -56,9 +56,18 @@ def _convolution(module: Any, input: Tensor) -> Tensor:
         if _may_split(module, blocks, input) and input.numel() <= most:
             found = _product(module._conv_forward, module, blocks, input, input.dim() + axis)
             return blocks._scaled(found, module.bias, axis)
-    if blocks._scales:
+    if _scales_behind(blocks, input):
         return blocks._scaled(module._conv_forward(input, blocks._together(), None), module.bias, axis)
     return module._conv_forward(input, module.weight, module.bias)
+
+
+def _scales_behind(blocks: Any, input: Tensor) -> bool:
+    """Whether what units give is scaled, not their weights: where these are more, and in graphs, which share them."""
+    if not blocks._scales:
+        return False
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state():
+        return True
+    return bool(input.numel() // blocks._shape[1] < math.prod(blocks._shape[1:]))
 
 
 def _may_split(module: Any, blocks: Any, input: Tensor) -> bool:
