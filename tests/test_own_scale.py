@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import taskzip as tz
 from taskzip.errors import InputError
+from taskzip.merging import merge_weights
 from taskzip.zipped.blocks import installed, spec_of
 
 DOUBLE = torch.float64
@@ -63,7 +64,7 @@ def related(make: Callable[[int], nn.Module]) -> tuple[list[nn.Module], list[lis
     return [first, other], data
 
 
-def zipped_of(models: list[nn.Module], data: list[list[Tensor]], share: float = 1.0, **options: Any) -> tz.ZippedModel:
+def zipped_of(models: list[nn.Module], data: list[list[Tensor]], share: Any = 1.0, **options: Any) -> tz.ZippedModel:
     tasks = [tz.Task(name, *each) for name, *each in zip("ab", models, data, strict=True)]
     return tz.zip(tasks, share=share, progress=False, **options)
 
@@ -189,3 +190,52 @@ def test_both_at_once_are_refused() -> None:
     models, data = pair(smooth)
     with pytest.raises(InputError, match=r"own_scale=True .* cross=False"):
         zipped_of(models, data, cross=False, own_scale=True)
+
+
+def test_blocks_of_eight_bits() -> None:
+    """A joint network whose blocks torchao has quantised runs for any batch, and can be made plain."""
+    torchao = pytest.importorskip("torchao.quantization")
+    nets = [nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 3)) for _ in "ab"]
+    data = [[torch.randn(200, 32)] for _ in nets]
+    zipped = zipped_of(nets, data)
+    before = {name: zipped[name](data[0][0]).detach() for name in "ab"}
+    for k in (0, 2):
+        block = nn.Linear(*reversed(zipped["a"][k].weight_blocks.get_parameter("a+b").shape), bias=False)
+        block.weight = zipped["a"][k].weight_blocks.get_parameter("a+b")
+        torchao.quantize_(block, torchao.Int8WeightOnlyConfig())
+        for name in "ab":
+            zipped[name][k].weight_blocks._parameters["a+b"] = block.weight
+    for name in "ab":
+        for x in (data[0][0], data[0][0][:1]):
+            assert (zipped[name](x) - before[name][: len(x)]).abs().max() < 0.05 * before[name].abs().max()
+        assert (zipped.materialize(name)(x) - zipped[name](x)).abs().max() < 1e-2 * before[name].abs().max()
+
+
+def test_a_network_and_its_copy_in_half_precision() -> None:
+    nets = [smooth(3).to(torch.bfloat16) for _ in "a"]
+    models: list[nn.Module] = [nets[0], copy.deepcopy(nets[0])]
+    data = [[torch.randn(200, 5).to(torch.bfloat16)] for _ in models]
+    zipped = zipped_of(models, data)
+    for task in "ab":
+        for k in (0, 2):
+            assert torch.equal(zipped[task][k].weight.abs().sum(), models[0][k].weight.abs().sum())
+
+
+def test_three_tasks_count_by_what_each_of_them_matters() -> None:
+    """What has joined counts by its owners: an unimportant one gets no say by being merged."""
+    h, w = torch.ones(1, 1, dtype=DOUBLE), [torch.full((1, 1), float(v), dtype=DOUBLE) for v in (0, 1, 1)]
+    importance = [torch.tensor([v], dtype=DOUBLE) for v in (1.0, 1 / 32, 1.0)]
+    at_once = merge_weights(w, [h, h, h], None, [each.square() for each in importance])
+    joint = merge_weights(w[:2], [h, h], None, [each.square() for each in importance[:2]])
+    together = torch.stack(importance[:2]).square().mean(0)
+    stepwise = merge_weights([joint, w[2]], [2 * h, h], None, [together, importance[2].square()])
+    torch.testing.assert_close(stepwise, at_once, rtol=0, atol=2e-3)
+
+
+def test_a_budget_where_units_read_too_little_to_share() -> None:
+    """Units of one weight with scales of their own are more than units apart."""
+    nets = [nn.Sequential(nn.Linear(1, 40), nn.GELU(), nn.Linear(40, c)) for c in (2, 3)]
+    data = [[torch.randn(100, 1)] for _ in nets]
+    apart = sum(p.numel() for net in nets for p in net.parameters())
+    assert zipped_of(nets, data, 1.0).parameter_count() > apart
+    assert zipped_of(nets, data, tz.Budget(1.0)).parameter_count() == apart

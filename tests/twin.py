@@ -475,7 +475,7 @@ def _own_scale(layer: Layer, unit: int, x: np.ndarray, z: np.ndarray) -> None:
     """Scale and shift a unit so that it comes closest to its original answers; without a bias there is no shift."""
     y = x @ layer.matrix[unit]
     shifted = np.column_stack([y, np.ones(len(y))]) if layer.bias else y[:, None]
-    scale = np.linalg.lstsq(shifted, z, rcond=None)[0][0].clip(0.1, 10.0) if y.var() > 1e-9 * np.mean(y**2) else 1.0
+    scale = np.linalg.lstsq(shifted, z, rcond=None)[0][0].clip(0.1, 10.0) if y.var() > 1e-6 * np.mean(y**2) else 1.0
     layer.matrix[unit] *= scale
     if layer.bias:
         layer.matrix[unit, -1] += (z - scale * y).mean()

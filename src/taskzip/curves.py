@@ -124,6 +124,13 @@ class Tradeoff:
         """The plan without layers that read nothing in common, which cannot share."""
         return self._walked(plan)[0]
 
+    def paying(self) -> Counts:
+        """Everything but layers in which sharing costs more than it saves: units of few weights have scales, too."""
+        plan = self.everything
+        while loss := [layer for layer, gain in self._gains(plan).items() if plan[layer] and gain < 0]:
+            plan = self.possible({**plan, **dict.fromkeys(loss, 0)})
+        return plan
+
     def cheapest(self, saving: float) -> Counts:
         """The plan of least cost that saves at least so many parameters; everything where none does."""
         starts = [self._smallest(saving, self._at_price), self._smallest(saving, self._in_proportion)]

@@ -132,7 +132,7 @@ def check_merging(
         present: the rows before.
         promised: d of each pair.
         counts: per owner, how much its error of each pair counts, at most 1.
-        centred: per owner, whether batch-norm takes the mean off again.
+        centred: per owner, whether batch-norm or a shift of the task's own takes the mean off again.
 
     Raises:
         GraphError: it costs more by much of what the units' answers vary.

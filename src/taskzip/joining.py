@@ -229,14 +229,17 @@ class JointLayer:
         return Pairs(*(each.to(self.weights[task].device) for each in pairs))
 
     def _importance(self, task: int, meeting: Meeting) -> tuple[Tensor, Tensor]:
-        """How much joint and new units matter; where a threshold decides, all alike."""
+        """How much joint and new units matter; where a threshold decides, all alike.
+
+        The curvature of a joint unit is the sum of its owners', who count by their mean square.
+        """
         known = self._pairing.importance
         joint = torch.ones(meeting.units, dtype=torch.float64)
         new = torch.ones(len(self._rows[task]), dtype=torch.float64)
         if self._pairing.quotas[task].threshold is None and all(t in known for t in (*meeting.owners, task)):
             units = self.groups[meeting.owners].units.cpu().numpy()
             each = [known[t][units[:, k]] for k, t in enumerate(meeting.owners)]
-            joint, new = torch.from_numpy(np.exp(np.mean(np.log(each), axis=0))), torch.from_numpy(known[task])
+            joint, new = torch.from_numpy(np.mean(np.square(each), axis=0) ** 0.5), torch.from_numpy(known[task])
         device = meeting.difference.device
         return joint.to(device), new.to(device)
 

@@ -348,7 +348,8 @@ class Member:
     def may_scale(self, layer: Layer) -> bool:
         """Whether the units of a layer can have a scale of their own, behind what torch's own module gives.
 
-        There is one already where batch-norm follows; and nothing can be done behind weights that are used elsewhere.
+        There is one already where batch-norm follows; and what reads weights otherwise would multiply shared ones by
+        the scales in every call, and in every graph.
         """
         path, called = layer.weight.rpartition(".")[0], layer.calls
         own = layer.solvable and not layer.batch_norm and self._calls[path] == called

@@ -26,8 +26,9 @@ def merge_weights(
 ) -> Float[Tensor, "units d"]:
     """The weights that raise the tasks' summed layer error least: w = (sum H_t)^-1 (sum H_t w_t).
 
-    For two tasks this is eq. 10 and 11 of the paper, written without an inverse of a single curvature. It is
-    associative: merging in several steps, with the curvatures added up, gives the same as merging all at once.
+    For two tasks this is eq. 10 and 11 of the paper, written without an inverse of a single curvature. Where all
+    rows count alike it is associative: merging in several steps, with the curvatures added up, gives the same as all at
+    once.
 
     Args:
         weights: per task, the incoming weights of the paired units, row p of every task belonging to one pair.
@@ -35,7 +36,8 @@ def merge_weights(
         exists: the connections that the merged units have, where not all; the others are 0 (Sec. 3.6), and the error
             is the least that is possible without them.
         importance: per task, by which factor its error of each row counts; None where all count alike. Pairs whose
-            ratios round to the same powers of two are solved together, at most 3% from the least error.
+            ratios round to the same powers of two are solved together, at most 3% from the least error. None counts
+            less than 2^-10 of the highest.
     """
     few = [h for h in curvatures if isinstance(h, Factored)]
     span = Span(few) if len(few) == len(curvatures) else None

@@ -28,7 +28,7 @@ _MOST = 2.0
 _MOST_OWN = 10.0
 """The same for scales that are a task's own."""
 
-_CONSTANT = 1e-9
+_CONSTANT = 1e-6
 """A unit that varies less, relative to its mean square, does not vary."""
 
 
@@ -140,7 +140,7 @@ def own_scale(
         square, product = variance, product - mean * wanted
     tiny = _CONSTANT * (variance + mean.square()) + torch.finfo(square.dtype).tiny
     ratio = (product / square.clamp_min(tiny)).clamp(1 / _MOST_OWN, _MOST_OWN)
-    scale = torch.where(square > tiny, ratio, torch.ones_like(ratio))
+    scale = torch.where((square > tiny) & ((ratio - 1).abs() >= _ROUNDING), ratio, torch.ones_like(ratio))
     return scale, wanted - scale * mean if bias else torch.zeros_like(mean)
 
 

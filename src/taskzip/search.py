@@ -92,14 +92,15 @@ class _Fitting:
         best, curves = self._zipped(Share(1.0), None)
         separate, limit = separate_parameters(best), self._limit(best)
         needed, tradeoff = separate - limit, Tradeoff(curves)
-        plan, smallest = tradeoff.everything, best.parameter_count()
+        plan = tradeoff.paying()
+        if plan != tradeoff.everything:
+            best, _ = self._zipped(Share(plan), tradeoff.expected(plan) / separate)
+        smallest = best.parameter_count()
         if smallest > limit:
             raise self._too_small(best, smallest, separate)
-        low, high = (
-            0.0,
-            float(tradeoff.expected(plan)),
-        )  # what plans were expected to save that saved too little, enough
-        ask, tried = float(needed), [plan]
+        # What plans were expected to save that saved too little, and enough.
+        low, high = 0.0, float(tradeoff.expected(plan))
+        ask, tried, factor = float(needed), [plan], 1
         for _ in range(_ZIPS):
             found = tradeoff.fitting(ask)
             if found in tried:
@@ -110,13 +111,13 @@ class _Fitting:
             size = zipped.parameter_count()
             if size > limit:
                 low = max(low, expected)
+                ask, factor = expected + factor * (size - limit), 2 * factor  # what saved too little may do so again
             else:
-                high = min(high, expected)
+                high, ask = min(high, expected), expected - (limit - size)
                 if size >= best.parameter_count():
                     best, plan = zipped, found
                 if size == separate - expected or limit - size <= _CLOSE * separate:
                     break
-            ask = needed + expected - (separate - size)
             ask = ask if low < ask <= high else (low + high) / 2
         size = best.parameter_count()
         _write(best, plan, self._wanted.as_dict() | {"parameters": size, "most": limit, "zips": self._display.zips})

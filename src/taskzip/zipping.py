@@ -88,11 +88,11 @@ def zip_tasks(
             weights that stay. Default: with full compensation.
         spread: bring merged units back to the mean and spread that they had, averaged over the tasks, where they do not
             have a scale of their own. Default: with full compensation.
-        own_scale: whether every task has a scale and a shift of its own for each shared unit, which come out of least
-            squares: two numbers per unit and task for much lower errors. What units give then differs from task to
-            task, so that `zipped(x)` computes hardly anything once for all. Batch-norm does the same,
-            where there is one. Default: with full compensation, unless the tasks are to have a common trunk
-            (`cross=False`, `batch_norm="fold"`).
+        own_scale: whether every task has a scale and a shift of its own for each shared unit of torch's own linear
+            layers and convolutions, which come out of least squares: two numbers per unit and task for much lower
+            errors. What units give then differs from task to task, so that `zipped(x)` computes hardly anything once
+            for all. Batch-norm does the same, where there is one. Default: with full compensation, unless the tasks are
+            to have a common trunk (`cross=False`, `batch_norm="fold"`).
         residual: how the layers that write into one residual stream find their pairs (Sec. 3.7). "coupled": one order
             of the stream's units for all of them, by their mean functional difference; nothing is re-ordered at run
             time. "independent": each by itself, and a gather restores the order of the stream.

@@ -160,6 +160,7 @@ class Blocks(nn.Module):
         """What units give along a dimension, each with the scale that is the task's own, and then the bias."""
         if not self._scales:
             return given
+        given = _plain(given)
         known = {name: self._part(name, None) for name in self._scales if name is not None}
         like = next(iter(known.values()))
         parts = [
@@ -174,6 +175,9 @@ class Blocks(nn.Module):
         bias = bias.to(given.dtype).view(-1, *behind)
         # What graphs are made of should be plain.
         return given * scale + bias if torch.compiler.is_compiling() else torch.addcmul(bias, given, scale)
+
+    def _quantised(self) -> bool:
+        return self._whole is not None and is_quantised(self._part(self._whole, None))
 
     def _rows(self) -> list[Row]:
         """The blocks of each group of rows, and the order into which their columns are put."""
@@ -203,13 +207,22 @@ class Blocks(nn.Module):
 
     def _part(self, name: str, inputs: int | None) -> Tensor:
         parameter: Any = self._parameters[name]
-        if not self._single and type(parameter).dequantize is not Tensor.dequantize:
-            parameter = parameter.dequantize()  # quantised tensors cannot be put together
+        if not self._single:
+            parameter = _plain(parameter)  # quantised tensors cannot be put together
         return parameter if inputs is None else parameter[:, :inputs]
 
     def extra_repr(self) -> str:
         """The blocks with their shapes, for print(network)."""
         return ", ".join(f"{name}: {'x'.join(map(str, p.shape))}" for name, p in self.named_parameters())
+
+
+def is_quantised(tensor: Tensor) -> bool:
+    """Whether it is of a class of its own, such as torchao's, that has numbers of 8 bits for instance."""
+    return type(tensor).dequantize is not Tensor.dequantize
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.dequantize() if is_quantised(tensor) else tensor
 
 
 def _row(blocks: list[Tensor], order: Tensor | None, absent: int = 0) -> Tensor:

@@ -21,7 +21,10 @@ from taskzip.zipped.blocks import Blocks, BlocksSpec, install, installed, origin
 from taskzip.zipped.folding import can_fold, forget_batch_norms
 from taskzip.zipped.model import History, ZippedModel
 
-FORMAT = 2
+FORMAT = 3
+_READS = (2, 3)
+"""Formats; the third knows scales of units."""
+
 _KEY = "taskzip"
 
 
@@ -173,9 +176,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             about = json.loads((file.metadata() or {}).get(_KEY, "null"))
             if not isinstance(about, dict) or "format" not in about:
                 raise CheckpointError(f"{path} is a safetensors file, but not a taskzip checkpoint.")
-            if about["format"] != FORMAT:
+            if about["format"] not in _READS:
                 raise CheckpointError(
-                    f"{path} has format {about['format']}, this taskzip reads {FORMAT}: read it with the version that "
+                    f"{path} has format {about['format']}, this taskzip reads 2 and 3: read it with the version that "
                     f"wrote it, or zip again."
                 )
             # Cloned into memory as torch aligns it: where a tensor starts decides on the last bit of some products.

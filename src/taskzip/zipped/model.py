@@ -108,9 +108,10 @@ class ZippedModel(nn.Module):
         Networks that write into their input get copies.
 
         In eval mode, what the tasks have in common is computed once: from the input on, for as long as layers are fully
-        shared; and the shared units of all layers, where the networks were zipped with `cross=False`, without
-        gradients. Its results stay in memory until the last task has taken them, and single small inputs are faster
-        task by task. Gradients run through it once, for all tasks together: call `backward` on the sum of the losses.
+        shared and units have no scales of their own; and the shared units of all layers, where the networks were zipped
+        with `cross=False`, without gradients. Its results stay in memory until the last task has taken them, and single
+        small inputs are faster task by task. Gradients run through it once, for all tasks together: call `backward` on
+        the sum of the losses.
 
         Raises:
             InputError: a dict by task that leaves tasks out.

@@ -65,7 +65,7 @@ def _scales_behind(blocks: Any, input: Tensor) -> bool:
     """Whether what units give is scaled, not their weights: where these are more, and in graphs, which share them."""
     if not blocks._scales:
         return False
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state():
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() or blocks._quantised():
         return True
     return bool(input.numel() // blocks._shape[1] < math.prod(blocks._shape[1:]))
 

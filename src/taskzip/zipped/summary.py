@@ -19,7 +19,7 @@ from taskzip.zipped.sizes import bytes_apart, bytes_together
 
 WIDTH = 100
 
-COST = "Cost: what sharing weights changes of a layer's outputs, in percent of their variance, before own scales."
+COST = "Cost: what sharing changes of a layer's outputs at least, in percent of their variance, before own scales."
 
 
 def summary_table(zipped: ZippedModel) -> str:
