@@ -949,7 +949,7 @@ def test_private_layers_behind_a_shared_one_give_the_original_answers(
     monkeypatch.setattr(Settings, "relative", False)  # units as they are, so that weights can be compared
     shared, layers = COMPENSATED[name]
     models, x = [network(name, seed) for seed in range(2)], [data(name, seed, 16) for seed in range(2)]
-    options = {"share": {shared: 0.5}, "residual": residual, "aligned": True}
+    options = {"share": {shared: 0.5}, "residual": residual, "aligned": True, "own_scale": False}
     solved = zipped_of(name, models, x, ridge=0.1, **options)
     unsolved = zipped_of(name, models, x, compensate=False, **options)  # in the same orders
     for task, original, each in zip("ab", models, x, strict=True):

@@ -612,7 +612,7 @@ def test_zeros_stay_zeros_in_a_residual_network_however_it_is_zipped(options: di
 def test_of_three_tasks_the_denser_decides_one_after_another(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("taskzip.zipping.joining_order", lambda members, layers: [0, 1, 2])
     models = [pruned(fc(n, 8, 9, 7, 3), density) for n, density in ((4, 0.5), (6, 0.6), (5, 0.55))]
-    zipped = run_zip(models, [vectors(30, n) for n in (4, 6, 5)], share=share)
+    zipped = run_zip(models, [vectors(30, n) for n in (4, 6, 5)], share=share, own_scale=False)
     sides = sides_of(zipped, models)
     joinings = [joining for layer in sides for joining in check_zeros(layer)]
     assert any(each.joint < each.new for each in joinings)

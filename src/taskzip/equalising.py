@@ -63,13 +63,12 @@ def equalise(network: nn.Module, structure: Structure, variances: Mapping[str, n
     """
     sizes, free = _Squares(network, structure, variances), structure.scales.free
     scales = {s: _floored(squares) ** -0.5 for s, squares in sizes.spaces.items() if free[s] and squares.any()}
-    half = any(p.dtype.itemsize < 4 for p in network.parameters())
-    if half:
-        scales = {space: _power(scale) for space, scale in scales.items()}
+    if any(p.dtype.itemsize < 4 for p in network.parameters()):
+        scales = {space: np.exp2(np.round(np.log2(scale))) for space, scale in scales.items()}
     matters = {space: _relative(squares) for space, squares in sizes.read(scales).items()}
     rows = {layer.name: _floored(squares) ** 0.5 for layer, squares in sizes.rows(scales)}
     structure.rescale(network, scales)
-    return Sizes(scales, matters, {name: _power(size) for name, size in rows.items()} if half else rows)
+    return Sizes(scales, matters, rows)
 
 
 def restored(scales: Sequence[np.ndarray], slots: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -89,11 +88,6 @@ def restored(scales: Sequence[np.ndarray], slots: Sequence[np.ndarray]) -> list[
 def _relative(squares: np.ndarray) -> np.ndarray:
     """Their roots, with a root mean square of 1."""
     return _floored(squares / squares.mean()) ** 0.5 if squares.any() else np.ones_like(squares)
-
-
-def _power(sizes: np.ndarray) -> np.ndarray:
-    """The nearest powers of two."""
-    return np.exp2(np.round(np.log2(sizes)))
 
 
 def _floored(squares: np.ndarray) -> np.ndarray:

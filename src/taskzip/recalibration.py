@@ -28,6 +28,9 @@ _MOST = 2.0
 _MOST_OWN = 10.0
 """The same for scales that are a task's own."""
 
+_SAME = 1e-5
+"""Own scales and shifts nearer to none than this, relative to a unit's spread, are rounding of float32."""
+
 _CONSTANT = 1e-6
 """A unit that varies less, relative to its mean square, does not vary."""
 
@@ -133,15 +136,17 @@ def own_scale(
         Scales and shifts: a unit gives `scale * w x + shift`.
     """
     mean, variance = statistics.moments(weights)
-    wanted, _ = statistics.answer_moments()
+    wanted, spread = statistics.answer_moments()
     square = variance + mean.square()
     product = (weights * statistics.cross.mT).sum(1) / statistics.rows
     if bias:
         square, product = variance, product - mean * wanted
     tiny = _CONSTANT * (variance + mean.square()) + torch.finfo(square.dtype).tiny
     ratio = (product / square.clamp_min(tiny)).clamp(1 / _MOST_OWN, _MOST_OWN)
-    scale = torch.where((square > tiny) & ((ratio - 1).abs() >= _ROUNDING), ratio, torch.ones_like(ratio))
-    return scale, wanted - scale * mean if bias else torch.zeros_like(mean)
+    # Equal units of two networks stay equal to the last bit: rounding must not tell them apart.
+    scale = torch.where((square > tiny) & ((ratio - 1).abs() > _SAME), ratio, torch.ones_like(ratio))
+    shift = wanted - scale * mean if bias else torch.zeros_like(mean)
+    return scale, torch.where(shift.abs() > _SAME * spread.sqrt(), shift, torch.zeros_like(shift))
 
 
 def batch_norm_statistics(

@@ -35,6 +35,9 @@ log = logging.getLogger("taskzip")
 NONE = torch.empty(0, dtype=torch.long)
 """No columns."""
 
+_SAME = 1e-5
+"""Sizes of paired units that differ by less are the same, summed up in another order."""
+
 _NO_ROWS = np.empty(0, np.int64)
 
 
@@ -246,21 +249,29 @@ class Zipper:
         statistics: Mapping[int, LayerStatistics | None],
         weights: Mapping[int, Tensor],
     ) -> dict[int, Tensor]:
-        """By what each task multiplies its rows, 1 where they are its own; its biases are written into the weights."""
+        """By what each task multiplies its rows, 1 where they are its own; its biases are written into the weights.
+
+        What is shared, so far of size 1, gets the geometric mean of its owners' sizes.
+        """
         found: dict[int, Tensor] = {}
-        for t, layer in inputs.layers.items() if joints and self._may_scale(inputs) else ():
+        if not joints or not self._may_scale(inputs):
+            return found
+        sizes = {t: self.members[t].sizes(layer) for t, layer in inputs.layers.items()}
+        common = _common_sizes(sizes, parts, joints)
+        for t, layer in inputs.layers.items():
             rows = np.concatenate([_NO_ROWS, *_shared_rows(t, parts, joints).values()])
             shared, seen = torch.from_numpy(rows).to(weights[t].device), statistics[t]
             assert seen is not None
-            size = torch.from_numpy(self.members[t].sizes(layer)[rows]).to(weights[t])
-            present = size[:, None] * weights[t][shared]
-            units = seen.of_units(shared)
+            size, mean = (torch.from_numpy(each[t][rows]).to(weights[t]) for each in (sizes, common))
+            weights[t][shared] *= mean[:, None]
+            size = torch.where((size / mean - 1).abs() > _SAME, size / mean, 1)
+            present, units = size[:, None] * weights[t][shared], seen.of_units(shared)
             scale, shift = own_scale(units, present, bias=layer.bias is not None)
             scaled = scale[:, None] * present
             scaled[:, -1] += shift
             better = (checked_fit(_where(self.members[t], layer), units, present, scaled) == scaled).all(1)
-            scale = torch.where(better, scale, 1)
-            found[t] = torch.ones_like(weights[t][:, 0]).index_copy(0, shared, size * scale)
+            scale = torch.where(better, scale, 1) * size
+            found[t] = torch.ones_like(weights[t][:, 0]).index_copy(0, shared, scale)
             weights[t][shared, -1] = torch.where(better, scaled[:, -1], present[:, -1])
         return found
 
@@ -313,6 +324,20 @@ class Zipper:
 def layer_name(layers: JointLayers) -> str:
     """What a joint layer is called: as the first of the caller's networks that has it calls it."""
     return layers.name
+
+
+def _common_sizes(
+    sizes: Mapping[int, np.ndarray], parts: Sequence[Part], joints: Sequence[JointLayer]
+) -> dict[int, np.ndarray]:
+    """Per task, of each row the geometric mean of the sizes that it has in all tasks that share it."""
+    found = {t: each.copy() for t, each in sizes.items()}
+    for part, joint in zip(parts, joints, strict=True):
+        for owners, group in joint.groups.items():
+            rows = {t: part.rows[t][group.units[:, k].cpu().numpy()].ravel() for k, t in enumerate(owners)}
+            mean = np.exp(np.mean([np.log(sizes[t][each]) for t, each in rows.items()], axis=0))
+            for t, each in rows.items():
+                found[t][each] = mean
+    return found
 
 
 def _row_numbers(member: Member, layer: Layer) -> np.ndarray:
