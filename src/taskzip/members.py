@@ -351,9 +351,9 @@ class Member:
         There is one already where batch-norm follows; and what reads weights otherwise would multiply shared ones by
         the scales in every call, and in every graph.
         """
-        path, called = layer.weight.rpartition(".")[0], layer.calls
-        own = layer.solvable and not layer.batch_norm and self._calls[path] == called
-        return own and has_own_scale(self.network, layer.weight, layer.bias)
+        if not layer.solvable or layer.batch_norm or self._calls[layer.weight.rpartition(".")[0]] != layer.calls:
+            return False
+        return has_own_scale(self.network, layer.weight, layer.bias)
 
     def sizes(self, layer: Layer) -> np.ndarray:
         """How large each row of a layer is by its weights (`equalising`); 1 where nothing is known of it."""

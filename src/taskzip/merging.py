@@ -12,7 +12,7 @@ from torch import Tensor
 from taskzip.factored import Factored, Span, dense
 from taskzip.sparsity import fit_on_support, solve_on_support
 
-H = TypeVar("H", Tensor, Factored)
+_H = TypeVar("_H", Tensor, Factored)
 
 _LEAST = -10
 """The error of a row counts at least 2^-10 of what counts most of its pair."""
@@ -67,7 +67,7 @@ def _alike(
         yield (kind == k).nonzero().flatten(), each
 
 
-def _times(counts: Sequence[float], curvatures: Sequence[H]) -> list[H]:
+def _times(counts: Sequence[float], curvatures: Sequence[_H]) -> list[_H]:
     return [h if c == 1 else c * h for c, h in zip(counts, curvatures, strict=True)]
 
 

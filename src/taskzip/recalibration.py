@@ -28,8 +28,8 @@ _MOST = 2.0
 _MOST_OWN = 10.0
 """The same for scales that are a task's own."""
 
-_SAME = 1e-5
-"""Own scales and shifts nearer to none than this, relative to a unit's spread, are rounding of float32."""
+SAME = 1e-5
+"""Own scales and shifts nearer to none than this, relative to a unit's spread or size, are rounding of float32."""
 
 _CONSTANT = 1e-6
 """A unit that varies less, relative to its mean square, does not vary."""
@@ -144,9 +144,9 @@ def own_scale(
     tiny = _CONSTANT * (variance + mean.square()) + torch.finfo(square.dtype).tiny
     ratio = (product / square.clamp_min(tiny)).clamp(1 / _MOST_OWN, _MOST_OWN)
     # Equal units of two networks stay equal to the last bit: rounding must not tell them apart.
-    scale = torch.where((square > tiny) & ((ratio - 1).abs() > _SAME), ratio, torch.ones_like(ratio))
+    scale = torch.where((square > tiny) & ((ratio - 1).abs() > SAME), ratio, torch.ones_like(ratio))
     shift = wanted - scale * mean if bias else torch.zeros_like(mean)
-    return scale, torch.where(shift.abs() > _SAME * spread.sqrt(), shift, torch.zeros_like(shift))
+    return scale, torch.where(shift.abs() > SAME * spread.sqrt(), shift, torch.zeros_like(shift))
 
 
 def batch_norm_statistics(

@@ -136,7 +136,7 @@ class _Fitting:
     def _too_small(self, zipped: ZippedModel, smallest: int, separate: int) -> InputError:
         part, size = math.ceil(1e4 * smallest / separate) / 1e4, smallest * _element_size(zipped)
         return InputError(
-            f"{self._wanted!r} cannot be met: with everything shared the joint network still has {smallest:,} "
+            f"{self._wanted!r} cannot be met: however much is shared, the joint network still has {smallest:,} "
             f"parameters, so that Budget({part}) or Budget({size}) is the smallest possible."
         )
 

@@ -22,7 +22,7 @@ from taskzip.meeting import TaskLayer
 from taskzip.members import Member, Owners
 from taskzip.ordering import stream_slots
 from taskzip.plan import Quota
-from taskzip.recalibration import batch_norm_statistics, least_squares, own_scale
+from taskzip.recalibration import SAME, batch_norm_statistics, least_squares, own_scale
 from taskzip.recording import Recorder
 from taskzip.resizing import restore_scales
 from taskzip.ridge import choose_ridge
@@ -34,9 +34,6 @@ log = logging.getLogger("taskzip")
 
 NONE = torch.empty(0, dtype=torch.long)
 """No columns."""
-
-_SAME = 1e-5
-"""Sizes of paired units that differ by less are the same, summed up in another order."""
 
 _NO_ROWS = np.empty(0, np.int64)
 
@@ -264,7 +261,7 @@ class Zipper:
             assert seen is not None
             size, mean = (torch.from_numpy(each[t][rows]).to(weights[t]) for each in (sizes, common))
             weights[t][shared] *= mean[:, None]
-            size = torch.where((size / mean - 1).abs() > _SAME, size / mean, 1)
+            size = torch.where((size / mean - 1).abs() > SAME, size / mean, 1)
             present, units = size[:, None] * weights[t][shared], seen.of_units(shared)
             scale, shift = own_scale(units, present, bias=layer.bias is not None)
             scaled = scale[:, None] * present

@@ -315,10 +315,9 @@ def has_own_scale(network: nn.Module, weight: str, bias: str | None) -> bool:
     """Whether units of a layer can have a scale: one of torch's own, with real weights, which its bias is added to."""
     path, _, name = weight.rpartition(".")
     module = network.get_submodule(path)
-    own = name == "weight" and bias in (None, f"{path}.bias" if path else "bias")
-    return (
-        own and not network.get_parameter(weight).is_complex() and forward_in_blocks(original_class(module)) is not None
-    )
+    if name != "weight" or bias not in (None, f"{path}.bias" if path else "bias"):
+        return False
+    return not network.get_parameter(weight).is_complex() and forward_in_blocks(original_class(module)) is not None
 
 
 def installed(network: nn.Module) -> dict[str, Blocks]:
