@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import taskzip as tz
 from taskzip.answers import MEMORY, Answers
-from taskzip.observation import Observer
+from taskzip.batches import Kept
+from taskzip.layer_calls import run_to
 from taskzip.task import samples_in
 
 DOUBLE = torch.float64
@@ -272,6 +273,7 @@ def test_a_loader_that_gives_other_batches_on_every_pass(
 ) -> None:
     models, data = [make().to(DOUBLE).eval() for _ in "ab"], [inputs() for _ in "ab"]
     loaders = [Shuffled(x, 9, fixed=fixed, noise=noise) for x in data]
+    monkeypatch.setattr("taskzip.members.Kept", partial(Kept, memory=0))
     remembered = run_zip(models, loaders, ridge=0.1)
     forget_all(monkeypatch)
     assert_same(run_zip(models, loaders, ridge=0.1), remembered)
@@ -291,16 +293,15 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
     What looks at the network's first inputs alone runs no layer.
     """
     seen: dict[str, list[int]] = {"a": [], "b": []}
-    run = Observer._run
 
     def counted(
-        observer: Observer, model: nn.Module, layers: Any, take: Any, batch: Any, *more: Any, **of: Any
-    ) -> None:
-        if model is observer.original and of.get("outputs", True):
-            seen[observer.task.name].append(samples_in(batch))
-        run(observer, model, layers, take, batch, *more, **of)
+        task: tz.Task, model: nn.Module, layers: Any, take: Any, batch: Any, *more: Any, **of: Any
+    ) -> Mapping[str, int]:
+        if of.get("outputs", True):
+            seen[task.name].append(samples_in(batch))
+        return run_to(task, model, layers, take, batch, *more, **of)
 
-    monkeypatch.setattr(Observer, "_run", counted)
+    monkeypatch.setattr("taskzip.observation.run_to", counted)
     return seen
 
 
@@ -331,10 +332,13 @@ def test_where_residual_streams_are_put_into_order_it_runs_no_more_often(passes:
     assert len(passes["b"]) == 6
 
 
-def test_a_loader_that_shuffles_makes_it_run_again(passes: dict[str, list[int]]) -> None:
+def test_a_loader_that_shuffles_and_is_too_large_makes_it_run_again(
+    monkeypatch: pytest.MonkeyPatch, passes: dict[str, list[int]]
+) -> None:
+    monkeypatch.setattr("taskzip.members.Kept", partial(Kept, memory=0))
     models, data = [long_mlp(2) for _ in "ab"], [vectors(), vectors()]
     run_zip(models, [Shuffled(data[0], 9), [data[1]]])
-    assert len(passes["a"]) == 6 * (1 + 3)
+    assert len(passes["a"]) == 6 * (1 + 4)  # once for all, and again for every layer
 
 
 def test_where_nothing_is_asked_of_it_it_never_runs(passes: dict[str, list[int]]) -> None:

@@ -12,7 +12,9 @@ from taskzip.answers import Answers
 from taskzip.curvature import LayerStatistics
 from taskzip.errors import InputError
 from taskzip.graph import Layer, analyse
-from taskzip.observation import Observer, evaluating, run_batch
+from taskzip.observation import Observer
+from taskzip.running import evaluating, run_batch
+from taskzip.suspension import Forwards
 from taskzip.task import Task
 
 DOUBLE = torch.float64
@@ -25,7 +27,9 @@ def some(*shape: int) -> Tensor:
 def observer(model: nn.Module, data: list[Any], *, network: nn.Module | None = None, **options: Any) -> Observer:
     task = Task("digits", model, data)
     samples, max_rows, seed = task.check_data(), options.get("max_rows"), options.get("seed", 0)
-    return Observer(task, network or model, model, samples, max_rows, seed, Answers())
+    network = network or model
+    forwards = Forwards(task, network, network.get_parameter)
+    return Observer(task, network, model, samples, max_rows, seed, Answers(), forwards)
 
 
 def layer_of(model: nn.Module, batch: Any, index: int = 0) -> Layer:

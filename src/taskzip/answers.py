@@ -11,6 +11,7 @@ import zlib
 import torch
 from torch import Tensor
 
+from taskzip.curvature import LayerStatistics
 from taskzip.task import Batch, input_tensors
 
 MEMORY = 2**30
@@ -18,13 +19,18 @@ MEMORY = 2**30
 
 
 class Answers:
-    """Answers of one network by layer and batch, chunk by chunk as they were sampled."""
+    """Answers of one network by layer and batch, chunk by chunk as they were sampled.
+
+    Attributes:
+        moments: of layers whose answers are not needed row by row, the sums that mean and variance come from.
+    """
 
     def __init__(self, memory: int = MEMORY) -> None:
         self._left = memory
         self._batches: list[int] = []
         self._kept: dict[tuple[str, int], list[Tensor]] = {}
         self._too_large: set[str] = set()
+        self.moments: dict[str, LayerStatistics] = {}
 
     @property
     def started(self) -> bool:
@@ -46,6 +52,10 @@ class Answers:
             self._left += answers.nbytes
         else:
             self._kept.setdefault((layer, len(self._batches) - 1), []).append(answers)
+
+    def know(self, layer: str) -> bool:
+        """Whether answers of a layer were kept."""
+        return (layer, 0) in self._kept
 
     def recall(self, layer: str, batch: Batch, index: int) -> list[Tensor] | None:
         """The chunks of a layer's answers to the batch of this number, if they were kept and it is the same batch."""

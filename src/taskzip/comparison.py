@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from taskzip.correspondence import JointLayers, Layers, correspond
 from taskzip.errors import InputError
 from taskzip.graph import Structure, analyse
-from taskzip.observation import evaluating
+from taskzip.running import evaluating
 from taskzip.task import Task
 
 

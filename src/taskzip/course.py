@@ -14,7 +14,7 @@ from taskzip.distillation import Teaching, teaching
 from taskzip.errors import InputError
 from taskzip.labels import label_loss
 from taskzip.masters import Masters
-from taskzip.observation import evaluating, run_batch
+from taskzip.running import evaluating, run_batch
 from taskzip.task import Batch, Task, samples_in
 from taskzip.watching import Held, Watch, looks
 from taskzip.zipped import ZippedModel

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from taskzip.errors import InputError, TaskzipWarning
-from taskzip.observation import evaluating, run_batch
+from taskzip.running import evaluating, run_batch
 from taskzip.suitability import Suitability, is_classes
 from taskzip.task import Batch, Task, input_tensors, samples_in
 from taskzip.zipped import ZippedModel

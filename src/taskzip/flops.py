@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from taskzip.copying import uncompiled
-from taskzip.observation import evaluating
+from taskzip.running import evaluating
 from taskzip.task import Batch, Task, call, input_tensors
 from taskzip.zipped import ZippedModel
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from taskzip.errors import InputError
 from taskzip.labels import class_axis, is_cross_entropy
-from taskzip.observation import evaluating, run_batch
 from taskzip.outputs import answers
 from taskzip.plan import MaxDrop, Metric
+from taskzip.running import evaluating, run_batch
 from taskzip.task import Task, input_tensors
 
 

@@ -19,7 +19,7 @@ from taskzip.graph import Structure, analyse
 from taskzip.graph.analysis import Forward
 from taskzip.graph.printing import table
 from taskzip.graph.structure import Rest
-from taskzip.observation import evaluating
+from taskzip.running import evaluating
 from taskzip.task import Task, call, input_tensors
 from taskzip.zipped.sizes import bytes_together
 

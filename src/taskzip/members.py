@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -13,17 +15,22 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from taskzip.answers import Answers
+from taskzip.batches import Kept
 from taskzip.copying import copy_of, uncompiled
 from taskzip.equalising import Sizes, equalise
 from taskzip.errors import GraphError, InputError, TaskzipWarning
 from taskzip.graph import Layer, Structure, analyse
-from taskzip.observation import MaxRows, Observer, counted_calls, evaluating, run_batch
+from taskzip.observation import MaxRows, Observer
 from taskzip.orders import Order, misread
 from taskzip.outputs import tensors
+from taskzip.running import counted_calls, evaluating, run_batch
 from taskzip.sparsity import pruned_layers
+from taskzip.suspension import MEMORY, Forwards, interleaved
 from taskzip.task import Batch, Task, has_numbers
 from taskzip.zipped.blocks import has_own_scale, installed, weights_of
 from taskzip.zipped.folding import Fold, fold, foldable
+
+log = logging.getLogger("taskzip")
 
 Owners = tuple[int, ...]
 """The tasks that own a unit, by their numbers, ascending."""
@@ -57,13 +64,14 @@ class Member:
         slots: per space that has been put into order, the joint space, and in which of its slots each unit stands.
         changed: whether anything upstream may differ from the original network.
         answers: what the original network answers, as far as it is remembered.
+        forwards: of the working copy on all batches, as far as the layer that was read last.
         known: the sizes of its units, where they were made equal.
     """
 
     def __init__(
         self, task: Task, seed: int, *, number: int = 0, fold_batch_norm: bool = False, equal_sizes: bool = False
     ) -> None:
-        self.task = task
+        self.task = replace(task, data=Kept(task.data))
         self.number = number
         self._check_parameters()
         self.samples = task.check_data()
@@ -84,6 +92,7 @@ class Member:
         self._check_orders(batch, answers, seed, equal_sizes)
         self.changed = False
         self.answers = Answers()
+        self.forwards = Forwards(self.task, self.network, self.dense, MEMORY if self._can_wait() else 0)
         self.known = Sizes.unknown()
 
     def _first_answers(self, batch: Batch) -> Any:
@@ -220,6 +229,27 @@ class Member:
             given = run_batch(self.task, network, batch, 0)
         return _same(answers, given)
 
+    def _can_wait(self) -> bool:
+        """Whether forwards of the network that run by turns answer what they answer one after another."""
+        few = [self._few(batch) for batch in islice(self.task.batches(), 2)]
+        with evaluating(self.network):
+            wanted = run_batch(self.task, self.network, few[0], 0)
+        given = interleaved(self.task, self.network, self.dense, self.structure.layers, few)
+        if given is not None and _same(wanted, given):
+            return True
+        log.info("%s: its forwards cannot wait for each other, so that each layer takes a new one", self.task.name)
+        return False
+
+    def _few(self, batch: Batch) -> Batch:
+        """Some samples of a batch; all of them where the network is made for batches of one size."""
+        few = pytree.tree_map_only(Tensor, lambda t: t[:_FEW] if t.dim() else t, batch)
+        try:
+            with evaluating(self.network):
+                run_batch(self.task, self.network, few, 0)
+        except InputError:
+            return batch
+        return few
+
     def _misread(
         self,
         orders: Sequence[np.ndarray],
@@ -228,11 +258,7 @@ class Member:
         batch: Batch,
     ) -> dict[str, Order]:
         networks = (self.original, self._reordered(orders))
-        few = pytree.tree_map_only(Tensor, lambda t: t[:_FEW] if t.dim() else t, batch)
-        try:
-            return misread(self.task, *networks, layers, rows, few, _ROUNDING)
-        except InputError:  # the network is made for batches of one size
-            return misread(self.task, *networks, layers, rows, batch, _ROUNDING)
+        return misread(self.task, *networks, layers, rows, self._few(batch), _ROUNDING)
 
     def _reordered(self, orders: Sequence[np.ndarray], spaces: Sequence[int] | None = None) -> nn.Module:
         """A copy with these spaces, or all of them, in another order."""
@@ -262,7 +288,9 @@ class Member:
 
     def observer(self, max_rows: MaxRows, seed: int) -> Observer:
         """What reads layers of this task."""
-        return Observer(self.task, self.network, self.original, self.samples, max_rows, seed, self.answers)
+        return Observer(
+            self.task, self.network, self.original, self.samples, max_rows, seed, self.answers, self.forwards
+        )
 
     def compared(self, layer: Layer, max_rows: MaxRows, seed: int) -> tuple[Observer, Tensor | None]:
         """What reads a layer against the original network, and which of the original's rows each present one is.

@@ -6,6 +6,7 @@ the two lie in one order; a copy that is only re-ordered does, because it must a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from taskzip.graph import Layer
-from taskzip.observation import evaluating, glimpses
+from taskzip.layer_calls import Read, run_to
+from taskzip.rows import outputs_of
+from taskzip.running import evaluating
 from taskzip.task import Batch, Task
 
 _PLACES = 64
@@ -55,7 +58,7 @@ def misread(
     seen = []
     for model in (original, reordered):
         with evaluating(model):
-            seen.append(glimpses(task, model, layers, batch, _PLACES))
+            seen.append(_glimpses(task, model, layers, batch))
     found = {}
     for layer in layers:
         before, after = (each.get(layer.name, []) for each in seen)
@@ -66,6 +69,35 @@ def misread(
         alike = all(_alike(a.rows, b.rows, order, tolerance) for a, b in zip(before, after, strict=True))
         if not (units and alike):
             found[layer.name] = Order(not units, not alike)
+    return found
+
+
+class _Glimpse(NamedTuple):
+    """What a layer answers in one call, in little.
+
+    Attributes:
+        rows: [places, units], at some places.
+        means: [2, units], mean and root mean square over all places.
+    """
+
+    rows: Tensor
+    means: Tensor
+
+
+def _glimpses(task: Task, model: nn.Module, layers: Sequence[Layer], batch: Batch) -> dict[str, list[_Glimpse]]:
+    """What layers answer to one batch, call by call, at the same places for any model of the same layers."""
+    found: dict[str, list[_Glimpse]] = {}
+
+    def take(layer: Layer, read: Read) -> None:
+        z = outputs_of(read, layer)
+        shape = z.shape[:-1]
+        generator = torch.Generator().manual_seed(len(found.setdefault(layer.name, [])))
+        chosen = torch.randint(max(math.prod(shape), 1), (min(_PLACES, math.prod(shape)),), generator=generator)
+        over = tuple(range(z.dim() - 1))
+        means = torch.stack([z.mean(over), torch.linalg.vector_norm(z, dim=over) / math.prod(shape) ** 0.5])
+        found[layer.name].append(_Glimpse(z[torch.unravel_index(chosen.to(z.device), shape)], means))
+
+    run_to(task, model, layers, take, batch, 0)
     return found
 
 

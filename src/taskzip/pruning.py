@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import closing
 
 import torch
 from rich.console import Console
@@ -105,7 +106,8 @@ def prune(
         member = Member(task, settings.seed)
         member.pruned = {layer.name for layer in member.structure.layers}
         settings.retraining.check([task])
-        _prune(member, kept_counts(member, keep, settings), settings, progress)
+        with closing(member.forwards):
+            _prune(member, kept_counts(member, keep, settings), settings, progress)
         return _retrained(member, settings, progress)
 
 

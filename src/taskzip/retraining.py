@@ -17,9 +17,9 @@ from taskzip.course import Course, Lesson, MakeOptimizer, missing_connections
 from taskzip.errors import InputError
 from taskzip.masters import without_cached_casts
 from taskzip.naming import key_of
-from taskzip.observation import evaluating, in_eval_mode, keeping_modes, run_batch
 from taskzip.outputs import own_loss
 from taskzip.randomness import checked_seed, seeded
+from taskzip.running import evaluating, in_eval_mode, keeping_modes, run_batch
 from taskzip.task import Batch, Task
 from taskzip.zipped import ZippedModel
 

@@ -362,8 +362,9 @@ def observe(member: Member, layer: Layer, settings: Settings, sharing: bool) -> 
     """Lines 2 to 4 of Algorithm 1, where anything is to be done with it."""
     if not sharing and not _to_solve(member, layer, settings):
         return None
-    changed = member.changed and not layer.reads_input and _follows(layer, settings)
-    if changed and not member.answers.started:
+    follows = _follows(layer, settings)
+    changed = member.changed and not layer.reads_input and follows
+    if follows and not member.answers.started and (changed or not member.changed):
         survey(member, settings, ())
     observer, rows = member.compared(layer, settings.max_rows, settings.seed)
     hold_out = settings.ridge is None and _to_solve(member, layer, settings)
@@ -379,7 +380,7 @@ def survey(member: Member, settings: Settings, wanted: Collection[str]) -> dict[
     layers = [
         layer
         for layer in member.structure.layers
-        if layer.name in wanted or (layer.solvable and not layer.reads_input and _follows(layer, settings))
+        if layer.name in wanted or (layer.solvable and _follows(layer, settings)) or layer.batch_norm
     ]
     return member.observer(settings.max_rows, settings.seed).survey(layers, wanted)
 

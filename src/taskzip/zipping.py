@@ -6,6 +6,7 @@ import logging
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 from rich.console import Console
@@ -205,7 +206,9 @@ def _zip_layers(tasks: Sequence[Task], settings: Settings, progress: bool) -> tu
     }
     if any(m.structure.unreached for m in members):
         zipped.history.settings["unreached"] = {m.task.name: m.structure.unreached_in_words() for m in members}
-    with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
+    with ExitStack() as ending, Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
+        for member in members:
+            ending.callback(member.forwards.close)
         todo = bar.add_task("putting residual streams into order", total=len(layers))
         order = joining_order(members, layers)
         layers = [layer.renumbered(order) for layer in layers]
@@ -221,6 +224,8 @@ def _zip_layers(tasks: Sequence[Task], settings: Settings, progress: bool) -> tu
             if record.shared and (steps := settings.retraining.after(record.name)):
                 weights = [weight for member in members for weight in member.pruned_weights()]
                 settings.retraining.run(zipped, tasks, steps, seed=settings.seed, weights=weights)
+                for member in members:
+                    member.changed = True
             bar.advance(todo)
         zipper.restore_scales()
     return zipped.eval(), zipper.recorder.curves

@@ -23,7 +23,7 @@ from taskzip.export.selections import move_selections
 from taskzip.export.splitting import split_layers
 from taskzip.export.target import Unwritten, on_disk, writable, writing
 from taskzip.export.turning import turn_weights
-from taskzip.observation import evaluating
+from taskzip.running import evaluating
 from taskzip.task import device_of
 from taskzip.zipped import ZippedModel
 from taskzip.zipped.blocks import installed, spec_of

@@ -20,7 +20,7 @@ from taskzip.export.failures import explained
 from taskzip.export.graphs import JointGraph, arguments, aten
 from taskzip.export.joint import check_form, chosen, output_names, traced
 from taskzip.export.quiet import quietly
-from taskzip.observation import evaluating
+from taskzip.running import evaluating
 from taskzip.task import device_of
 from taskzip.zipped import ZippedModel
 from taskzip.zipped.products import LARGE, LARGE_LINEAR
