@@ -39,7 +39,7 @@ def layer_of(model: nn.Module, batch: Any, index: int = 0) -> Layer:
 def observe(
     model: nn.Module, data: list[Any], index: int = 0, changed: bool = False, **options: Any
 ) -> LayerStatistics:
-    return observer(model, data, **options).observe(layer_of(model, data[0], index), changed=changed)
+    return observer(model, data, **options).observe(layer_of(model, data[0], index), original=changed)
 
 
 def summed(rows: Tensor, answers: Tensor) -> LayerStatistics:
@@ -176,7 +176,7 @@ def mlp() -> nn.Sequential:
 def test_a_changed_network_is_read_against_the_original_answers() -> None:
     original, network, x = mlp(), mlp(), some(9, 4)
     layer = layer_of(original, x, 1)
-    given = observer(original, [x], network=network).observe(layer, changed=True)
+    given = observer(original, [x], network=network).observe(layer, original=True)
     assert_same(given, summed(network[:2](x), original[:3](x)))
 
 
@@ -186,7 +186,7 @@ def test_samples_of_both_networks_belong_together() -> None:
     original = nn.Sequential(first, nn.ReLU(), second, nn.Flatten(), nn.Linear(50, 2)).to(DOUBLE)
     x = some(8, 1, 8, 8)
     layer = layer_of(original, x, 1)
-    statistics = observer(original, list(x.split(3)), max_rows=60).observe(layer, changed=True)
+    statistics = observer(original, list(x.split(3)), max_rows=60).observe(layer, original=True)
     weight = torch.cat([second.weight.flatten(1), second.bias[:, None]], dim=1)
     torch.testing.assert_close(statistics.cross, statistics.gram @ weight.mT)
 
@@ -204,7 +204,7 @@ def test_the_pass_stops_at_the_layer() -> None:
     x = some(5, 4)
     layer = layer_of(model, x)
     Fails.on = True
-    assert observer(model, [x]).observe(layer, changed=True).rows == 5
+    assert observer(model, [x]).observe(layer, original=True).rows == 5
 
 
 class Twice(nn.Module):
@@ -265,7 +265,7 @@ def test_sampling_is_unbiased() -> None:
     data, layer = list(x.split([3, 10, 1])), layer_of(conv, x)
     full = observe(conv, data)
     seeds = 300
-    sampled = [observer(conv, data, max_rows=20, seed=seed).observe(layer, changed=False) for seed in range(seeds)]
+    sampled = [observer(conv, data, max_rows=20, seed=seed).observe(layer, original=False) for seed in range(seeds)]
     for name in ("gram", "cross", "square"):
         values = torch.stack([getattr(s, name) for s in sampled])
         error = values.mean(0) - getattr(full, name)
@@ -372,7 +372,7 @@ def test_values_that_are_not_finite(index: int) -> None:
     with torch.no_grad():
         model[0].bias[0] = float("nan")
     with pytest.raises(InputError, match=f"task 'digits', layer '{2 * index}': .* NaN or infinite"):
-        observer(model, [x]).observe(layer, changed=False)
+        observer(model, [x]).observe(layer, original=False)
 
 
 @pytest.mark.parametrize("padding, stride", [(0, 1), (0, 2), (1, 1), (1, 2)])

@@ -232,7 +232,7 @@ def test_what_did_not_change_is_solved_again_unchanged(make: Callable[[], nn.Mod
     member.observer("auto", 0).survey(layers, {layer.name for layer in layers})
     for layer in layers:
         observer, rows = member.compared(layer, "auto", 0)
-        statistics = observer.observe(layer, changed=True, rows=rows)
+        statistics = observer.observe(layer, original=True, rows=rows)
         weights = member.weights(layer)
         solved = least_squares(statistics, weights, 1e-9, bias=layer.bias is not None)
         torch.testing.assert_close(solved, weights, rtol=1e-5, atol=1e-5, msg=lambda m, name=layer.name: f"{name}: {m}")

@@ -196,7 +196,7 @@ def test_data_that_cannot_be_read(data: Any) -> None:
 
 @pytest.mark.parametrize("data", [iter([X]), (x for x in [X]), map(len, [X]), zip([X], [Y], strict=True)])
 def test_data_that_can_be_read_only_once(data: Any) -> None:
-    with pytest.raises(InputError, match="can be read only once, and zipping reads it once per layer"):
+    with pytest.raises(InputError, match="can be read only once, and zipping reads it several times"):
         task(data)
 
 

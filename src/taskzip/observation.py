@@ -46,13 +46,13 @@ class Observer:
     forwards: Forwards
 
     def observe(
-        self, layer: Layer, *, changed: bool, rows: Tensor | None = None, hold_out: bool = False
+        self, layer: Layer, *, original: bool, rows: Tensor | None = None, hold_out: bool = False
     ) -> LayerStatistics:
         """Sum up what `layer` reads, and what the original network answers there.
 
         Args:
             layer: a layer of the network, still with a dense weight.
-            changed: whether its inputs may differ from the original network's; if not, one forward pass serves both.
+            original: whether the answers are those of the original network, whose inputs may be others, or its own.
             rows: which of the original's units each present one is, where they are in another order.
             hold_out: whether the rows of every eighth sample are also summed up by themselves.
 
@@ -63,11 +63,10 @@ class Observer:
         statistics = LayerStatistics(layer.inputs * layer.taps, layer.units, device_of(self.network))
         held: LayerStatistics | None = None
         hold_out, seen = hold_out and self.samples >= 2 * _HELD_OUT, 0
-        outputs = not changed and not self.answers.know(layer.name)
         with evaluating(self.original):
-            for index, (batch, reads) in enumerate(self.forwards.reads(layer, outputs=outputs)):
-                recalled = None if outputs else self.answers.recall(layer.name, batch, index)
-                others = reads if outputs or recalled else self._answers(layer, batch, index)
+            for index, (batch, reads) in enumerate(self.forwards.reads(layer, outputs=not original)):
+                recalled = self.answers.recall(layer.name, batch, index) if original else None
+                others = self._answers(layer, batch, index) if original and recalled is None else reads
                 chunks = iter(recalled or ())
                 for read, other in zip(reads, others, strict=True):
                     inputs = inputs_of(read, layer)
@@ -75,7 +74,7 @@ class Observer:
                     answers = None if recalled else outputs_of(other, layer)
                     for where, weight in self._choose(places, layer, samples_in(batch), generator):
                         z = next(chunks) if answers is None else answers[where]
-                        z = z if outputs or rows is None else z[:, rows.to(z.device)]
+                        z = z[:, rows.to(z.device)] if original and rows is not None else z
                         x = inputs[where].flatten(1)
                         if hold_out:
                             held = statistics.held_out_beside(z) if held is None else held

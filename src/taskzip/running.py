@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from taskzip.errors import InputError
 from taskzip.task import Batch, Task, input_tensors
@@ -52,7 +52,7 @@ def in_eval_mode(*models: nn.Module) -> Iterator[None]:
     """Put models into eval mode, and leave every module's mode and buffers as they were."""
     modules = {module for model in models for module in model.modules()}
     buffers = [(module, dict(module._buffers)) for module in modules if module._buffers]
-    values = {b: (b.detach().clone(), b._version) for _, each in buffers for b in each.values() if b is not None}
+    values = {b: (b.detach().clone(), version(b)) for _, each in buffers for b in each.values() if b is not None}
     try:
         with keeping_modes(*models):
             for model in models:
@@ -62,9 +62,14 @@ def in_eval_mode(*models: nn.Module) -> Iterator[None]:
         for module, each in buffers:
             module._buffers.update(each)
         with torch.no_grad():
-            for buffer, (value, version) in values.items():
-                if buffer._version != version:
+            for buffer, (value, before) in values.items():
+                if version(buffer) != before:
                     buffer.copy_(value)
+
+
+def version(tensor: Tensor) -> object:
+    """What is another one after the tensor was written to; tensors of inference mode do not tell, so always."""
+    return object() if tensor.is_inference() else tensor._version
 
 
 def run_batch(task: Task, model: nn.Module, batch: Batch, index: int) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from taskzip.graph import Layer
 from taskzip.layer_calls import Call, LayerCalls, Reached, Read, check_calls, uncaught
-from taskzip.running import evaluating, run_batch
+from taskzip.running import evaluating, run_batch, version
 from taskzip.task import Batch, Task
 
 _AUTOCAST = [device for device in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(device)]
@@ -98,20 +98,20 @@ class _Used:
     """What of a network a forward has read so far."""
 
     def __init__(self) -> None:
-        self._seen: dict[int, tuple[Tensor, int]] = {}  # an alias keeps the memory, so that nothing else lies there
+        self._seen: dict[int, tuple[Tensor, object]] = {}  # an alias keeps the memory, so that nothing else lies there
 
     def add(self, tensors: Iterable[Any], now: Now) -> None:
         for tensor in tensors:
             if id(tensor) in now.tensors:
-                self._seen[id(tensor)] = (tensor.detach(), tensor._version)
+                self._seen[id(tensor)] = (tensor.detach(), version(tensor))
 
     def unchanged(self, now: Now) -> bool:
         """Whether all of it is in the network still, with the same values."""
         return all(
             (tensor := now.tensors.get(key)) is not None
             and tensor.data_ptr() == alias.data_ptr()
-            and tensor._version == version
-            for key, (alias, version) in self._seen.items()
+            and version(tensor) == before
+            for key, (alias, before) in self._seen.items()
         )
 
 

@@ -77,7 +77,7 @@ class Task:
         if isinstance(self.data, Iterator):
             raise InputError(
                 f"task {self.name!r}: data is a {type(self.data).__name__}, which can be read only once, and zipping "
-                f"reads it once per layer: pass list(...) or a DataLoader."
+                f"reads it several times: pass list(...) or a DataLoader."
             )
         if self.loss is not None and not callable(self.loss):
             raise InputError(f"task {self.name!r}: loss={self.loss!r} must be a function of output and targets.")

@@ -367,8 +367,9 @@ def observe(member: Member, layer: Layer, settings: Settings, sharing: bool) -> 
     if follows and not member.answers.started and (changed or not member.changed):
         survey(member, settings, ())
     observer, rows = member.compared(layer, settings.max_rows, settings.seed)
+    original = changed or (not member.changed and observer.answers.know(layer.name))
     hold_out = settings.ridge is None and _to_solve(member, layer, settings)
-    statistics = observer.observe(layer, changed=changed, rows=rows, hold_out=hold_out)
+    statistics = observer.observe(layer, original=original, rows=rows, hold_out=hold_out)
     member.answers.forget(layer.name)
     if not changed and layer.solvable:
         check_reading(_where(member, layer), statistics, member.weights(layer))
