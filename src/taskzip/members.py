@@ -44,6 +44,9 @@ _SAMPLES = 256
 _FEW = 8
 """So many samples show in which order layers answer."""
 
+_TURNS = 2
+"""So many samples show whether forwards can run by turns."""
+
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3}
 
 
@@ -231,24 +234,19 @@ class Member:
 
     def _can_wait(self) -> bool:
         """Whether forwards of the network that run by turns answer what they answer one after another."""
-        few = [self._few(batch) for batch in islice(self.task.batches(), 2)]
+        whole = list(islice(self.task.batches(), 2))
+        few = [_few(batch, _TURNS) for batch in whole]
         with evaluating(self.network):
-            wanted = run_batch(self.task, self.network, few[0], 0)
+            try:
+                wanted = run_batch(self.task, self.network, few[0], 0)
+            except InputError:  # the network is made for batches of one size
+                few = whole
+                wanted = run_batch(self.task, self.network, few[0], 0)
         given = interleaved(self.task, self.network, self.dense, self.structure.layers, few)
         if given is not None and _same(wanted, given):
             return True
         log.info("%s: its forwards cannot wait for each other, so that each layer takes a new one", self.task.name)
         return False
-
-    def _few(self, batch: Batch) -> Batch:
-        """Some samples of a batch; all of them where the network is made for batches of one size."""
-        few = pytree.tree_map_only(Tensor, lambda t: t[:_FEW] if t.dim() else t, batch)
-        try:
-            with evaluating(self.network):
-                run_batch(self.task, self.network, few, 0)
-        except InputError:
-            return batch
-        return few
 
     def _misread(
         self,
@@ -258,7 +256,10 @@ class Member:
         batch: Batch,
     ) -> dict[str, Order]:
         networks = (self.original, self._reordered(orders))
-        return misread(self.task, *networks, layers, rows, self._few(batch), _ROUNDING)
+        try:
+            return misread(self.task, *networks, layers, rows, _few(batch, _FEW), _ROUNDING)
+        except InputError:  # the network is made for batches of one size
+            return misread(self.task, *networks, layers, rows, batch, _ROUNDING)
 
     def _reordered(self, orders: Sequence[np.ndarray], spaces: Sequence[int] | None = None) -> nn.Module:
         """A copy with these spaces, or all of them, in another order."""
@@ -396,6 +397,11 @@ class Member:
             if positions.size:
                 rows[positions.ravel()] = positions[order].ravel()
         return None if (rows == np.arange(layer.units)).all() else torch.from_numpy(rows)
+
+
+def _few(batch: Batch, samples: int) -> Batch:
+    """The first samples of a batch."""
+    return pytree.tree_map_only(Tensor, lambda t: t[:samples] if t.dim() else t, batch)
 
 
 def _same(wanted: Any, given: Any) -> bool:
