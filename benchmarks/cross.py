@@ -13,7 +13,7 @@ from statistics import mean
 import taskzip as tz
 from taskzip.experiments.networks import Shelf
 from taskzip.experiments.pairs import Pair
-from taskzip.flops import flops_per_sample
+from taskzip.zipped.flops import flops_per_sample
 
 SHARES = {True: (0.5, 0.75, 0.9, 0.85, 0.95), False: (0.5, 0.75, 0.9)}
 SEEDS = (0, 1, 2)

@@ -8,10 +8,10 @@ import time
 
 import torch
 
-from taskzip.curvature import damped
-from taskzip.difference import functional_difference
-from taskzip.matching import match
-from taskzip.merging import merge_weights
+from taskzip.algebra.curvature import damped
+from taskzip.algebra.difference import functional_difference
+from taskzip.algebra.matching import match
+from taskzip.algebra.merging import merge_weights
 
 
 def main(units: int) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 import taskzip as tz
 from taskzip.datasets import batches, mnist
-from taskzip.task import Batch
+from taskzip.tasks.task import Batch
 
 STEPS = (100, 500)
 NETWORKS = {"LeNet-300-100": lenet300, "LeNet-5": lenet5}

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import taskzip as tz
 from taskzip.datasets import batches
 from taskzip.experiments.results import Results
-from taskzip.zipped.model import History
+from taskzip.zipped import History
 
 IMAGES, STEPS, BATCH, STEP_SIZE = 500, 300, 32, 1e-3
 WIDE_STEPS = 600

@@ -102,7 +102,7 @@ def main() -> None:
             if getattr(module, name, None) is not None and callable(getattr(module, name)):
                 watch.follow(module, name)
     for name in ("observe", "survey"):
-        watch.follow(sys.modules["taskzip.observation"].Observer, name)
+        watch.follow(sys.modules["taskzip.observing.observation"].Observer, name)
     start = time.perf_counter()
     zipped = tz.zip(tasks, share=1.0, progress=False)
     watch.begin("end")

@@ -2,12 +2,11 @@
 
 from taskzip.errors import CheckpointError, ExportError, GraphError, InputError, TaskzipError, TaskzipWarning
 from taskzip.export import export_executorch, export_graph, export_onnx
-from taskzip.inspection import inspect
-from taskzip.measuring import measure
-from taskzip.plan import Budget, MaxDrop, Threshold
+from taskzip.planning import Budget, MaxDrop, Threshold, measure
 from taskzip.pruning import prune
-from taskzip.retraining import Retraining, retrain
-from taskzip.task import Task
+from taskzip.report import inspect
+from taskzip.tasks import Task
+from taskzip.training import Retraining, retrain
 from taskzip.zipped import ZippedModel, from_pretrained, load
 from taskzip.zipping import zip_tasks as zip
 

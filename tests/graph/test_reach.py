@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import taskzip as tz
 from taskzip.graph import Structure, analyse
-from taskzip.task import call
+from taskzip.tasks.task import call
 
 
 class Routed(nn.Module):

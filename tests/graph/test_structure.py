@@ -10,7 +10,8 @@ import torch
 from graph.orders import Net, call
 from torch import Tensor, nn
 
-from taskzip.graph import Layer, Scales, Space, Structure, analyse
+from taskzip.graph import Layer, Structure, analyse
+from taskzip.graph.structure import Scales, Space
 
 
 def linear(name: str, **options: object) -> Layer:

@@ -24,7 +24,7 @@ import taskzip as tz
 from taskzip.cli.leaving import exit_codes
 from taskzip.datasets import batches, digits, quarter_turns
 from taskzip.models import SmallCNN
-from taskzip.report.plots import plot_zip
+from taskzip.report import plot_zip
 
 # Chosen by the errors on 300 of the training images, with networks trained on the others: never on the test images.
 EPOCHS = {"digit": 30, "turn": 20}

@@ -10,8 +10,7 @@ import typer
 from rich.console import Console
 
 from taskzip.cli.leaving import exit_codes
-from taskzip.experiments import fig2, methods, table1
-from taskzip.experiments.networks import Shelf
+from taskzip.experiments import Shelf, fig2, methods, table1
 
 app = typer.Typer(
     help="The paper's experiments on MNIST (Sec. 4.1), and what each step is worth, from training to the picture.",

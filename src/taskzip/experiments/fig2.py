@@ -15,7 +15,7 @@ import taskzip as tz
 from taskzip.experiments.networks import Shelf
 from taskzip.experiments.pairs import Pair
 from taskzip.experiments.results import Results
-from taskzip.report.curves import plot_curves
+from taskzip.report import plot_curves
 
 METHODS: dict[str, dict[str, Any]] = {
     "random pairs": {"matching": "random", "compensate": False},

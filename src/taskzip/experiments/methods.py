@@ -18,7 +18,7 @@ from taskzip.experiments.networks import Kind, Shelf
 from taskzip.experiments.pairs import Pair
 from taskzip.experiments.results import Results
 from taskzip.experiments.rivals import averaged
-from taskzip.retraining import Loss
+from taskzip.training import Loss
 
 Case = Literal["lenet300", "lenet300-sparse", "lenet5", "lenet5-sparse", "mnist-fashion"]
 CASES: tuple[Case, ...] = get_args(Case)

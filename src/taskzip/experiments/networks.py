@@ -24,8 +24,8 @@ from taskzip.graph import analyse
 from taskzip.models import LeNet5, LeNet300
 from taskzip.pruning import prune
 from taskzip.randomness import seeded
-from taskzip.retraining import Retraining
-from taskzip.task import Task
+from taskzip.tasks import Task
+from taskzip.training import Retraining
 
 Kind = Literal["lenet300", "lenet5"]
 Dataset = Literal["mnist", "fashion"]

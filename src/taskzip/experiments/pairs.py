@@ -12,7 +12,7 @@ from torch import nn
 import taskzip as tz
 from taskzip.datasets import batches
 from taskzip.experiments.networks import READ, Data, Dataset, error_of
-from taskzip.retraining import Loss
+from taskzip.training import Loss
 
 IMAGES = 4_000
 """For calibration, drawn at random from the 60,000 training images."""

@@ -18,11 +18,10 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 import taskzip as tz
-from taskzip.curvature import LayerStatistics
+from taskzip.algebra import LayerStatistics, least_squares
 from taskzip.graph import OUTPUT, Layer, Structure, analyse
-from taskzip.recalibration import least_squares
-from taskzip.task import call
-from taskzip.zipped.model import History
+from taskzip.tasks import call
+from taskzip.zipped import History
 
 MATCHED = 500
 """Images of each task whose answers are correlated; a convolution answers at many places of each."""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from taskzip.calls import Call, as_call, by_task
 from taskzip.errors import InputError
+from taskzip.tasks import Call, as_call, by_task
 
 Sizes = Mapping[str, Mapping[int, int]]
 """By the name of a tensor and the axis."""

@@ -27,8 +27,7 @@ from taskzip.export.graphs import JointGraph
 from taskzip.export.joint import check_form, chosen, output_names, traced
 from taskzip.export.quiet import quietly
 from taskzip.export.target import Unwritten, on_disk, writable, writing
-from taskzip.running import evaluating
-from taskzip.task import device_of
+from taskzip.tasks import device_of, evaluating
 from taskzip.zipped import ZippedModel
 
 ALL = "forward"

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from taskzip.calls import Call
 from taskzip.errors import ExportError, InputError, first_line, place_in_code
 from taskzip.export.dynamic import Axes, traceable
 from taskzip.export.example import Example
 from taskzip.export.outputs import named_tensors
 from taskzip.export.quiet import quietly, without_graph
+from taskzip.tasks import Call
 from taskzip.zipped import ZippedModel
 
 

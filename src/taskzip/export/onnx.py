@@ -23,10 +23,8 @@ from taskzip.export.selections import move_selections
 from taskzip.export.splitting import split_layers
 from taskzip.export.target import Unwritten, on_disk, writable, writing
 from taskzip.export.turning import turn_weights
-from taskzip.running import evaluating
-from taskzip.task import device_of
-from taskzip.zipped import ZippedModel
-from taskzip.zipped.blocks import installed, spec_of
+from taskzip.tasks import device_of, evaluating
+from taskzip.zipped import ZippedModel, installed, spec_of
 
 LARGEST = 2**31 - 2**20
 """Bytes that one ONNX file can hold."""

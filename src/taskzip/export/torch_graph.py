@@ -20,10 +20,8 @@ from taskzip.export.failures import explained
 from taskzip.export.graphs import JointGraph, arguments, aten
 from taskzip.export.joint import check_form, chosen, output_names, traced
 from taskzip.export.quiet import quietly
-from taskzip.running import evaluating
-from taskzip.task import device_of
-from taskzip.zipped import ZippedModel
-from taskzip.zipped.products import LARGE, LARGE_LINEAR
+from taskzip.tasks import device_of, evaluating
+from taskzip.zipped import LARGE, LARGE_LINEAR, ZippedModel
 
 _LARGE = {layer: LARGE_LINEAR if layer is aten.linear.default else LARGE for layer in LAYERS}
 """Numbers in a weight from which on it is not put together in every call."""

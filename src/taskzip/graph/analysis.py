@@ -22,7 +22,7 @@ from taskzip.graph._rules import apply_rule
 from taskzip.graph._scales import note_scale
 from taskzip.graph._values import Context, Strands, Value, flat
 from taskzip.graph.structure import OUTPUT, Structure
-from taskzip.outputs import tensors
+from taskzip.tasks import tensors
 
 Forward = Callable[[nn.Module, Any], Any]
 

@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING
 
 from taskzip.errors import InputError
 from taskzip.files import replacing
-from taskzip.zipped import LayerRecord, ZippedModel
-from taskzip.zipped.blocks import installed, spec_of
-from taskzip.zipped.summary import separate_parameters
+from taskzip.zipped import LayerRecord, ZippedModel, installed, separate_parameters, spec_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,14 +7,21 @@ give is the same call for all tasks, so that it can be computed once.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from taskzip.zipped.blocks import Blocks
+
+class _Grouped(Protocol):
+    """A weight or bias of which groups of rows are computed one by one."""
+
+    def _grouped(self) -> list[Tensor]: ...
+
+    def _reads(self) -> list[tuple[int, int] | Tensor | None]: ...
+
+    def _ordered(self, rows: Tensor, dim: int) -> Tensor: ...
 
 
 def apart_forward(
@@ -38,11 +45,12 @@ def apart_forward(
     return forward
 
 
-def _computed(weight: Blocks, bias: Blocks | None, run: Callable[..., Tensor], x: Tensor, dim: int) -> Tensor:
-    biases = [None] * len(weight._spec.rows) if bias is None else bias._grouped()
+def _computed(weight: _Grouped, bias: _Grouped | None, run: Callable[..., Tensor], x: Tensor, dim: int) -> Tensor:
+    reads = weight._reads()
+    biases = [None] * len(reads) if bias is None else bias._grouped()
     found = [
         run(_selected(x, dim, reads), rows, each)
-        for rows, each, reads in zip(weight._grouped(), biases, weight._reads(), strict=True)
+        for rows, each, reads in zip(weight._grouped(), biases, reads, strict=True)
     ]
     return weight._ordered(found[0] if len(found) == 1 else torch.cat(found, dim), dim)
 

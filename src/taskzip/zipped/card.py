@@ -8,17 +8,9 @@ from importlib.metadata import version
 from typing import Any
 
 from taskzip.zipped.blocks import original_class
-from taskzip.zipped.model import ZippedModel
+from taskzip.zipped.network import JointNetwork
 from taskzip.zipped.sizes import bytes_apart, bytes_together
-from taskzip.zipped.summary import (
-    COST,
-    certificate,
-    cost_of,
-    flops_apart,
-    flops_together,
-    part_of,
-    separate_parameters,
-)
+from taskzip.zipped.summary import COST, certificate, cost_of, flops_apart, flops_together, part_of, separate_parameters
 
 _FRONT = """\
 ---
@@ -35,7 +27,7 @@ _FOUND = ("samples", "folded", "unfolded", "pruned", "connections", "flops", "se
 """What `zip` found out; the other settings are those that it was given."""
 
 
-def model_card(zipped: ZippedModel, source: str) -> str:
+def model_card(zipped: JointNetwork, source: str) -> str:
     """Markdown with the YAML that the Hugging Face Hub reads; `source` is where the network is loaded from."""
     before, after = separate_parameters(zipped), zipped.parameter_count()
     sections = [
@@ -51,7 +43,7 @@ def model_card(zipped: ZippedModel, source: str) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _merged(zipped: ZippedModel) -> str:
+def _merged(zipped: JointNetwork) -> str:
     """Tasks, the classes of their networks, sizes, and how much data they were calibrated on."""
     settings = zipped.history.settings
     samples, flops = settings.get("samples", {}), settings.get("flops")
@@ -79,7 +71,7 @@ def _flops_together(flops: Mapping[str, Any] | None) -> str:
     return f"{together:,} ({part_of(together, apart)}), {on}"
 
 
-def _cost(zipped: ZippedModel) -> str:
+def _cost(zipped: JointNetwork) -> str:
     """The last measurement, or that there is none; and whether the weights have changed since."""
     history = zipped.history
     last = max((i for i, step in enumerate(history.later) if "measured" in step), default=-1)
@@ -103,7 +95,7 @@ def _lost(measured: Mapping[str, Any]) -> str:
     return f"{round(measured['before'] - measured['after'], 2) + 0.0:.2f}"  # + 0.0 turns -0.0 into 0.0
 
 
-def _how(zipped: ZippedModel) -> str:
+def _how(zipped: JointNetwork) -> str:
     """The settings of `zip`, what was searched for, and what was done afterwards."""
     settings = zipped.history.settings
     given = {k: v for k, v in settings.items() if k not in _FOUND}
@@ -117,7 +109,7 @@ def _how(zipped: ZippedModel) -> str:
     return "\n\n".join(parts)
 
 
-def _layers(zipped: ZippedModel) -> str:
+def _layers(zipped: JointNetwork) -> str:
     rows = []
     for r in zipped.history.layers:
         units = " / ".join(map(str, dict.fromkeys(r.units)))
@@ -126,7 +118,7 @@ def _layers(zipped: ZippedModel) -> str:
     return f"{_table(head, rows)}\n\n{COST}"
 
 
-def _use(zipped: ZippedModel, source: str) -> str:
+def _use(zipped: JointNetwork, source: str) -> str:
     names = {name: class_name(network).rpartition(".")[2] for name, network in zipped.tasks.items()}
     models = ", ".join(f'"{name}": {cls}(...)' for name, cls in names.items())
     first = next(iter(zipped))

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +19,7 @@ from taskzip.copying import borrowing, uncompiled
 from taskzip.errors import CheckpointError
 from taskzip.zipped.blocks import Blocks, BlocksSpec, install, installed, original_class, spec_of
 from taskzip.zipped.folding import can_fold, forget_batch_norms
-from taskzip.zipped.model import History, ZippedModel
+from taskzip.zipped.network import History, JointNetwork
 
 FORMAT = 3
 _READS = (2, 3)
@@ -28,7 +28,10 @@ _READS = (2, 3)
 _KEY = "taskzip"
 
 
-def save(zipped: ZippedModel, path: str | Path, called: str | Path | None = None) -> None:
+Network = TypeVar("Network", bound=JointNetwork)
+
+
+def save(zipped: JointNetwork, path: str | Path, called: str | Path | None = None) -> None:
     """Write a joint network to one file, all or nothing.
 
     Args:
@@ -68,20 +71,8 @@ def save(zipped: ZippedModel, path: str | Path, called: str | Path | None = None
             part.unlink(missing_ok=True)
 
 
-def load(path: str | Path, networks: Mapping[str, nn.Module]) -> ZippedModel:
-    """Read a joint network from a file.
-
-    Args:
-        path: a file that `ZippedModel.save` wrote.
-        networks: per task name, a fresh network of the original class. It is read for its structure only and not
-            changed; the joint network lies on its device.
-
-    Returns:
-        The joint network in eval mode, with outputs bit-identical to those of the saved one.
-
-    Raises:
-        CheckpointError: a file that is absent, torn, foreign or of a later format, or networks that do not fit it.
-    """
+def read(kind: type[Network], path: str | Path, networks: Mapping[str, nn.Module]) -> Network:
+    """See `taskzip.load`; `kind` is the class of the joint network."""
     for name, network in networks.items():
         if not isinstance(network, nn.Module):
             raise CheckpointError(
@@ -89,14 +80,18 @@ def load(path: str | Path, networks: Mapping[str, nn.Module]) -> ZippedModel:
             )
     about, tensors = _read(Path(path))
     try:
-        return _build(path, about, tensors, networks)
+        return _build(kind, path, about, tensors, networks)
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # metadata that taskzip did not write
         raise CheckpointError(f"{path} has damaged metadata ({type(error).__name__}: {error}).") from error
 
 
 def _build(
-    path: str | Path, about: Mapping[str, Any], tensors: Mapping[str, Tensor], networks: Mapping[str, nn.Module]
-) -> ZippedModel:
+    kind: type[Network],
+    path: str | Path,
+    about: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    networks: Mapping[str, nn.Module],
+) -> Network:
     if sorted(networks) != sorted(about["tasks"]):
         given = ", ".join(networks) or "none"
         raise CheckpointError(
@@ -109,7 +104,7 @@ def _build(
             forget_batch_norms(network, structure["folded"])
         _check_fit(path, name, network, structure)
         joint[name] = _skeleton(network, structure)
-    zipped = ZippedModel(joint, History.from_dict(about["history"]))
+    zipped = kind(joint, History.from_dict(about["history"]))
     _fill(zipped, tensors, about["aliases"], {name: _device(networks[name]) for name in joint})
     return zipped.eval()
 
@@ -122,7 +117,7 @@ def _reason(error: OSError | SafetensorError) -> str:
     return os.strerror(int(code[1])) if code else str(error)
 
 
-def _once(zipped: ZippedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _once(zipped: JointNetwork) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Every tensor once, and the other names of those that have several."""
     tensors: dict[str, Tensor] = {}
     first: dict[int, str] = {}
@@ -220,7 +215,7 @@ def _skeleton(network: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
 
 
 def _fill(
-    zipped: ZippedModel,
+    zipped: JointNetwork,
     tensors: Mapping[str, Tensor],
     aliases: Mapping[str, str],
     devices: Mapping[str, torch.device],

@@ -15,8 +15,8 @@ from torch import nn
 from taskzip.errors import CheckpointError
 from taskzip.files import filling
 from taskzip.zipped.card import class_name, model_card
-from taskzip.zipped.checkpoint import FORMAT, load, save
-from taskzip.zipped.model import ZippedModel
+from taskzip.zipped.checkpoint import FORMAT, Network, read, save
+from taskzip.zipped.network import JointNetwork
 from taskzip.zipped.sizes import bytes_apart, bytes_together
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -24,7 +24,7 @@ WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 LIBRARY = "taskzip"
 
 
-def save_pretrained(zipped: ZippedModel, folder: str | Path, source: str | None = None) -> None:
+def save_pretrained(zipped: JointNetwork, folder: str | Path, source: str | None = None) -> None:
     """Write a folder with weights, config and card, all or nothing.
 
     Args:
@@ -48,30 +48,15 @@ def save_pretrained(zipped: ZippedModel, folder: str | Path, source: str | None 
         ) from error
 
 
-def from_pretrained(
+def read_pretrained(
+    kind: type[Network],
     folder_or_repo: str | Path,
     models: Mapping[str, nn.Module],
     *,
     revision: str | None = None,
     token: str | bool | None = None,
-) -> ZippedModel:
-    """Read a joint network from a folder, or download it from the Hugging Face Hub.
-
-    Args:
-        folder_or_repo: a folder that `save_pretrained` wrote, for which nothing needs to be installed and no network is
-            needed; or, where there is no such folder, a repository "owner/name" on the Hub, which is kept in
-            huggingface_hub's cache.
-        models: per task name, a fresh network of the original class; see `taskzip.load`.
-        revision: of the repository: a branch, a tag or a commit.
-        token: for private repositories; default the one that `hf auth login` keeps.
-
-    Returns:
-        The joint network in eval mode, with outputs bit-identical to those of the saved one.
-
-    Raises:
-        CheckpointError: a folder that is absent, torn, or of something else, a repository that cannot be downloaded, or
-            networks that do not fit; or huggingface_hub is needed and not installed.
-    """
+) -> Network:
+    """See `taskzip.from_pretrained`; `kind` is the class of the joint network."""
     folder = Path(folder_or_repo)
     if isinstance(folder_or_repo, Path) or folder.exists() or not _is_repo(folder_or_repo):
         if folder.is_file():
@@ -85,7 +70,7 @@ def from_pretrained(
     config = _read_config(folder)
     if not (folder / WEIGHTS).is_file():
         raise CheckpointError(f"{folder} has no {WEIGHTS}: save or download it again.")
-    zipped = load(folder / WEIGHTS, models)
+    zipped = read(kind, folder / WEIGHTS, models)
     if _as_json(config.get("history")) != _as_json(zipped.history.as_dict()):
         raise CheckpointError(
             f"{folder}: {CONFIG} and {WEIGHTS} are not of the same network, so that one of them was replaced: save or "
@@ -95,7 +80,7 @@ def from_pretrained(
 
 
 def push_to_hub(
-    zipped: ZippedModel,
+    zipped: JointNetwork,
     repo_id: str,
     *,
     private: bool | None = None,
@@ -138,7 +123,7 @@ def _check_place(folder: str | Path, target: Path) -> None:
         raise CheckpointError(f"cannot write {folder}: its {blocked} is a folder: choose another folder.")
 
 
-def _config(zipped: ZippedModel) -> dict[str, Any]:
+def _config(zipped: JointNetwork) -> dict[str, Any]:
     tasks = {
         name: {"class": class_name(network), "bytes": bytes_apart(network)} for name, network in zipped.tasks.items()
     }

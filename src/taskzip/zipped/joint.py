@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 from torch.utils import _pytree as pytree
 
-from taskzip.calls import Call
+from taskzip.tasks import Call
 from taskzip.zipped.inventory import Inventory
 from taskzip.zipped.memo import Memo
 

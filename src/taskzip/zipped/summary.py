@@ -14,7 +14,7 @@ from rich.table import Table
 
 from taskzip.zipped.blocks import installed, spec_of
 from taskzip.zipped.folding import listed
-from taskzip.zipped.model import LayerRecord, ZippedModel
+from taskzip.zipped.network import JointNetwork, LayerRecord
 from taskzip.zipped.sizes import bytes_apart, bytes_together
 
 WIDTH = 100
@@ -22,7 +22,7 @@ WIDTH = 100
 COST = "Cost: what sharing changes of a layer's outputs at least, in percent of their variance, before own scales."
 
 
-def summary_table(zipped: ZippedModel) -> str:
+def summary_table(zipped: JointNetwork) -> str:
     """Per layer: units of each task, shared units, cost, parameters before and after; the totals; FLOPs and bytes."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_footer=True)
     before, after = separate_parameters(zipped), zipped.parameter_count()
@@ -73,7 +73,7 @@ def summary_table(zipped: ZippedModel) -> str:
     return "\n".join([head, *lines, *_costs(zipped), *notes])
 
 
-def _together(zipped: ZippedModel) -> Iterator[str]:
+def _together(zipped: JointNetwork) -> Iterator[str]:
     """Which layers were put together, where tasks call them differently."""
     pairs = []
     for record in zipped.history.layers:
@@ -88,7 +88,7 @@ def _together(zipped: ZippedModel) -> Iterator[str]:
         yield f"Put together: {', '.join(pairs)}."
 
 
-def _who_shares(zipped: ZippedModel) -> Iterator[str]:
+def _who_shares(zipped: JointNetwork) -> Iterator[str]:
     """Per layer, which of three or more tasks share how many units; alike layers are said once."""
     found: dict[str, list[str]] = {}
     for record in zipped.history.layers if len(zipped) > 2 else ():
@@ -100,7 +100,7 @@ def _who_shares(zipped: ZippedModel) -> Iterator[str]:
         yield f"Shared units: {'; '.join(each)}."
 
 
-def _costs(zipped: ZippedModel) -> list[str]:
+def _costs(zipped: JointNetwork) -> list[str]:
     """FLOPs and bytes of each task's original network, of all of these, and together; FLOPs of each zipped task."""
     flops = zipped.history.settings.get("flops")  # checkpoints of before do not have them
     apart = {name: bytes_apart(network) for name, network in zipped.tasks.items()}
@@ -192,7 +192,7 @@ def _wrapped(text: str) -> str:
     return textwrap.fill(text, WIDTH, subsequent_indent="  ")
 
 
-def separate_parameters(zipped: ZippedModel) -> int:
+def separate_parameters(zipped: JointNetwork) -> int:
     """Parameters of all tasks' networks if each had its own, dense ones."""
     total = 0
     for network in zipped.tasks.values():

@@ -1,0 +1,5 @@
+"""One network with fewer connections (L-OBS)."""
+
+from taskzip.pruning.pruning import prune
+
+__all__ = ["prune"]
