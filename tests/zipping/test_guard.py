@@ -15,6 +15,8 @@ import taskzip.algebra.curvature
 import taskzip.algebra.guard
 import taskzip.zipping.joining
 import taskzip.zipping.meeting
+import taskzip.zipping.own_scales
+import taskzip.zipping.steps
 import taskzip.zipping.zipper
 from taskzip.algebra.curvature import LayerStatistics
 from taskzip.zipping.members import Member
@@ -101,7 +103,7 @@ def test_dear_pairs(monkeypatch: Plant) -> None:
 @pytest.mark.parametrize("dim", [0, 1])
 def test_solved_weights_in_a_wrong_order(monkeypatch: Plant, dim: int) -> None:
     """Units (0) and inputs (1)."""
-    monkeypatch.setattr(taskzip.zipping.zipper, "least_squares", rolled(taskzip.zipping.zipper.least_squares, dim))
+    monkeypatch.setattr(taskzip.zipping.steps, "least_squares", rolled(taskzip.zipping.steps.least_squares, dim))
     assert_found(tasks(), "least squares raises its error")
 
 
@@ -158,14 +160,14 @@ def test_own_scales_in_a_wrong_order(monkeypatch: Plant) -> None:
         scale, shift = own_scale(*args, **kwargs)
         return 3 * scale.roll(1), shift.roll(1)
 
-    own_scale = taskzip.zipping.zipper.own_scale
-    monkeypatch.setattr(taskzip.zipping.zipper, "own_scale", wrong)
+    own_scale = taskzip.zipping.own_scales.own_scale
+    monkeypatch.setattr(taskzip.zipping.own_scales, "own_scale", wrong)
     assert_found(tasks(), "least squares raises its error")
 
 
 def test_batch_norm_in_a_wrong_order(monkeypatch: Plant) -> None:
     monkeypatch.setattr(
-        taskzip.zipping.zipper, "batch_norm_statistics", rolled(taskzip.zipping.zipper.batch_norm_statistics)
+        taskzip.zipping.steps, "batch_norm_statistics", rolled(taskzip.zipping.steps.batch_norm_statistics)
     )
     assert_found(tasks(norm=True), "batch-norm's statistics")
 

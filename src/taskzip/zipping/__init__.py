@@ -4,7 +4,7 @@ from taskzip.zipping.algorithm import zip_tasks
 from taskzip.zipping.correspondence import JointLayers, Layers, correspond
 from taskzip.zipping.members import Member
 from taskzip.zipping.settings import Settings, read_settings
-from taskzip.zipping.zipper import compensated, observe, settle, survey
+from taskzip.zipping.steps import compensated, observe, settle, survey
 
 __all__ = [
     "JointLayers",

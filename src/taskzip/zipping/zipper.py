@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from taskzip.algebra import (
-    SAME,
-    LayerStatistics,
-    batch_norm_statistics,
-    check_assembled,
-    check_reading,
-    checked_batch_norm,
-    checked_fit,
-    choose_ridge,
-    least_squares,
-    own_scale,
-)
+from taskzip.algebra import LayerStatistics, check_assembled
 from taskzip.errors import InputError
 from taskzip.graph import OUTPUT, Layer
 from taskzip.planning import Quota
@@ -33,17 +21,16 @@ from taskzip.zipping.joining import JointLayer, Pairing
 from taskzip.zipping.meeting import TaskLayer
 from taskzip.zipping.members import Member, Owners
 from taskzip.zipping.ordering import stream_slots
+from taskzip.zipping.own_scales import own_scales
 from taskzip.zipping.recording import Recorder
 from taskzip.zipping.resizing import restore_scales
 from taskzip.zipping.settings import Settings
+from taskzip.zipping.shared_rows import shared_rows
 from taskzip.zipping.spaces import JointSpaces, Part, alike, of_one_kind
-
-log = logging.getLogger("taskzip")
+from taskzip.zipping.steps import compensated, observe, settle, survey, where
 
 NONE = torch.empty(0, dtype=torch.long)
 """No columns."""
-
-_NO_ROWS = np.empty(0, np.int64)
 
 
 class Zipper:
@@ -76,14 +63,14 @@ class Zipper:
         statistics = {t: observe(members[t], x, settings, t in sharing) for t, x in layers.items()}
         weights = {t: compensated(members[t], x, statistics[t], settings) for t, x in layers.items()}
         joints = self._join(inputs, parts, statistics, weights, quota) if sharing else []
-        relative_cost = 0.0
+        scaled, relative_cost = bool(joints) and self._may_scale(inputs), 0.0
         if joints:
-            aligned = [self.settings.cross and self._is_aligned(part) for part in parts]
-            relative_cost = self.recorder.record(name, inputs, parts, joints, aligned, scaled=self._may_scale(inputs))
+            aligned = [settings.cross and self._is_aligned(part) for part in parts]
+            relative_cost = self.recorder.record(name, inputs, parts, joints, aligned, scaled=scaled)
         for joint in joints:
             joint.write(weights)
-        scales = self._own_scales(inputs, parts, joints, statistics, weights)
-        placed = {t: _row_numbers(members[t], layer) for t, layer in inputs.layers.items()}
+        scales = own_scales(members, inputs, parts, joints, statistics, weights) if scaled else {}
+        rows = {t: _row_numbers(members[t], layer) for t, layer in inputs.layers.items()}
         for t, layer in layers.items():
             settle(members[t], layer, statistics[t], weights[t], settings)
         for part, joint in zip(parts, joints, strict=False):
@@ -92,18 +79,25 @@ class Zipper:
             self.common.write(layers, parts, joints)
         shared = sum(joint.shared_rows() for joint in joints)
         if shared:
-            groups = {t: _shared_rows(t, parts, joints) for t in inputs.layers}
-            merged = {t: members[t].dense(layer.weight) for t, layer in inputs.layers.items()}
-            for t, scale in scales.items():
-                scales[t] = scale[_moved(placed[t], _row_numbers(members[t], inputs.layers[t]))].to(merged[t])
-                merged[t] = merged[t] * scales[t].view(-1, *(1,) * (merged[t].dim() - 1))
-            install_blocks(members, inputs, groups, scales)
-            for t, layer in inputs.layers.items():
-                check_assembled(_where(members[t], layer), merged[t], members[t].dense(layer.weight))
-                members[t].changed = True
+            moved = {t: _moved(rows[t], _row_numbers(members[t], x)) for t, x in inputs.layers.items()}
+            self._install(inputs, parts, joints, {t: scale[moved[t]] for t, scale in scales.items()})
         note = "" if all(layer.pinned == OUTPUT for layer in layers.values()) else obstacle
         costs = (sum(joint.cost for joint in joints), relative_cost) if shared else (0.0, 0.0)
         return self._record(layers, shared, self._groups(parts, joints), costs, before, note)
+
+    def _install(
+        self, inputs: JointInputs, parts: Sequence[Part], joints: Sequence[JointLayer], scales: Mapping[int, Tensor]
+    ) -> None:
+        """The merged weights, which lie in the networks, become blocks; `scales` by task, as the rows lie now."""
+        groups = {t: shared_rows(t, parts, joints) for t in inputs.layers}
+        merged = {t: self.members[t].dense(layer.weight) for t, layer in inputs.layers.items()}
+        scales = {t: scale.to(merged[t]) for t, scale in scales.items()}
+        for t, scale in scales.items():
+            merged[t] = merged[t] * scale.view(-1, *(1,) * (merged[t].dim() - 1))
+        install_blocks(self.members, inputs, groups, scales)
+        for t, layer in inputs.layers.items():
+            check_assembled(where(self.members[t], layer), merged[t], self.members[t].dense(layer.weight))
+            self.members[t].changed = True
 
     def restore_scales(self) -> None:
         """All layers are zipped: give units the sizes back that they had before."""
@@ -246,40 +240,6 @@ class Zipper:
         """Whether every task gets a scale of its own for each shared unit: where no batch-norm is one already."""
         return self.settings.own_scale and all(self.members[t].may_scale(layer) for t, layer in inputs.layers.items())
 
-    def _own_scales(
-        self,
-        inputs: JointInputs,
-        parts: Sequence[Part],
-        joints: Sequence[JointLayer],
-        statistics: Mapping[int, LayerStatistics | None],
-        weights: Mapping[int, Tensor],
-    ) -> dict[int, Tensor]:
-        """By what each task multiplies its rows, 1 where they are its own; its biases are written into the weights.
-
-        What is shared, so far of size 1, gets the geometric mean of its owners' sizes.
-        """
-        found: dict[int, Tensor] = {}
-        if not joints or not self._may_scale(inputs):
-            return found
-        sizes = {t: self.members[t].sizes(layer) for t, layer in inputs.layers.items()}
-        common = _common_sizes(sizes, parts, joints)
-        for t, layer in inputs.layers.items():
-            rows = np.concatenate([_NO_ROWS, *_shared_rows(t, parts, joints).values()])
-            shared, seen = torch.from_numpy(rows).to(weights[t].device), statistics[t]
-            assert seen is not None
-            size, mean = (torch.from_numpy(each[t][rows]).to(weights[t]) for each in (sizes, common))
-            weights[t][shared] *= mean[:, None]
-            size = torch.where((size / mean - 1).abs() > SAME, size / mean, 1)
-            present, units = size[:, None] * weights[t][shared], seen.of_units(shared)
-            scale, shift = own_scale(units, present, bias=layer.bias is not None)
-            scaled = scale[:, None] * present
-            scaled[:, -1] += shift
-            better = (checked_fit(_where(self.members[t], layer), units, present, scaled) == scaled).all(1)
-            scale = torch.where(better, scale, 1) * size
-            found[t] = torch.ones_like(weights[t][:, 0]).index_copy(0, shared, scale)
-            weights[t][shared, -1] = torch.where(better, scaled[:, -1], present[:, -1])
-        return found
-
     def _is_aligned(self, part: Part) -> bool:
         return self.aligned or part.joint in self.spaces.streams
 
@@ -331,20 +291,6 @@ def layer_name(layers: JointLayers) -> str:
     return layers.name
 
 
-def _common_sizes(
-    sizes: Mapping[int, np.ndarray], parts: Sequence[Part], joints: Sequence[JointLayer]
-) -> dict[int, np.ndarray]:
-    """Per task, of each row the geometric mean of the sizes that it has in all tasks that share it."""
-    found = {t: each.copy() for t, each in sizes.items()}
-    for part, joint in zip(parts, joints, strict=True):
-        for owners, group in joint.groups.items():
-            rows = {t: part.rows[t][group.units[:, k].cpu().numpy()].ravel() for k, t in enumerate(owners)}
-            mean = np.exp(np.mean([np.log(sizes[t][each]) for t, each in rows.items()], axis=0))
-            for t, each in rows.items():
-                found[t][each] = mean
-    return found
-
-
 def _row_numbers(member: Member, layer: Layer) -> np.ndarray:
     """Which of the original network's rows each row of a layer is."""
     rows = member.original_rows(layer)
@@ -354,100 +300,6 @@ def _row_numbers(member: Member, layer: Layer) -> np.ndarray:
 def _moved(before: np.ndarray, after: np.ndarray) -> Tensor:
     """Where each row stood before."""
     return torch.from_numpy(np.argsort(before)[after])
-
-
-def _shared_rows(task: int, parts: Sequence[Part], joints: Sequence[JointLayer]) -> dict[Owners, np.ndarray]:
-    """Which rows of a task's layer, as they lie now, it shares with whom."""
-    found: dict[Owners, list[np.ndarray]] = {}
-    for part, joint in zip(parts, joints, strict=True):
-        for owners, units in joint.units_of(task).items() if task in part.rows else ():
-            if len(owners) > 1:
-                found.setdefault(owners, []).append(part.rows[task][units.cpu().numpy()].ravel())
-    return {owners: np.concatenate(rows) for owners, rows in found.items()}
-
-
-def observe(member: Member, layer: Layer, settings: Settings, sharing: bool) -> LayerStatistics | None:
-    """Lines 2 to 4 of Algorithm 1, where anything is to be done with it."""
-    if not sharing and not _to_solve(member, layer, settings):
-        return None
-    follows = _follows(layer, settings)
-    changed = member.changed and not layer.reads_input and follows
-    if follows and not member.answers.started and (changed or not member.changed):
-        survey(member, settings, ())
-    observer, rows = member.compared(layer, settings.max_rows, settings.seed)
-    original = changed or (not member.changed and observer.answers.know(layer.name))
-    hold_out = settings.ridge is None and _to_solve(member, layer, settings)
-    statistics = observer.observe(layer, original=original, rows=rows, hold_out=hold_out)
-    member.answers.forget(layer.name)
-    if not changed and layer.solvable:
-        check_reading(_where(member, layer), statistics, member.weights(layer))
-    return statistics
-
-
-def survey(member: Member, settings: Settings, wanted: Collection[str]) -> dict[str, LayerStatistics]:
-    """One pass over a task's data with the original network, for all layers."""
-    layers = [
-        layer
-        for layer in member.structure.layers
-        if layer.name in wanted or (layer.solvable and _follows(layer, settings)) or layer.batch_norm
-    ]
-    return member.observer(settings.max_rows, settings.seed).survey(layers, wanted)
-
-
-def _follows(layer: Layer, settings: Settings) -> bool:
-    """Whether anything needs what the original network answers; else one forward pass is enough."""
-    return settings.spread or settings.own_scale or bool(layer.batch_norm) or _solves(layer, settings)
-
-
-def _to_solve(member: Member, layer: Layer, settings: Settings) -> bool:
-    """Whether compensation has anything to do: the layer's inputs may have changed."""
-    return member.changed and not layer.reads_input and _solves(layer, settings)
-
-
-def _solves(layer: Layer, settings: Settings) -> bool:
-    """Whether compensation is for this layer."""
-    return layer.solvable and (settings.compensate is True or (bool(settings.compensate) and layer.pinned == OUTPUT))
-
-
-def compensated(member: Member, layer: Layer, statistics: LayerStatistics | None, settings: Settings) -> Tensor:
-    """A layer's weights, solved again where its inputs may have changed (design 2.5)."""
-    weights = member.weights(layer)
-    if statistics is None or not _to_solve(member, layer, settings):
-        return weights
-    bias, pruned = layer.bias is not None, layer.name in member.pruned
-    ridge = settings.ridge
-    if ridge is None:
-        ridge = choose_ridge(statistics, weights, bias=bias, pruned=pruned)
-        statistics.parts = None
-        log.debug("%s, %s: ridge %g", member.task.name, layer.name, ridge)
-    solved = least_squares(statistics, weights, ridge, bias=bias, pruned=pruned)
-    return checked_fit(_where(member, layer), statistics, weights, solved)
-
-
-def settle(
-    member: Member, layer: Layer, statistics: LayerStatistics | None, weights: Tensor, settings: Settings
-) -> None:
-    """Write a layer's new weights into the network, and let the batch-norm behind it follow."""
-    if statistics is not None:
-        member.set_weights(layer, weights)
-        old, new = statistics.answer_moments(), statistics.moments(weights)
-    elif member.changed and layer.batch_norm and not layer.reads_input:
-        observer, rows = member.compared(layer, settings.max_rows, settings.seed)
-        before, now = observer.observe_outputs(layer, rows)
-        old, new = before.answer_moments(), now.answer_moments()
-    else:
-        return
-    if layer.batch_norm:
-        mean, variance = member.batch_norm(layer)
-        running, eps = (mean.double(), variance.double()), layer.batch_norm.eps
-        found = batch_norm_statistics(old, new, *running, eps)
-        m, v = checked_batch_norm(_where(member, layer), old, new, running, found, eps)
-        mean.copy_(m)
-        variance.copy_(v)
-
-
-def _where(member: Member, layer: Layer) -> str:
-    return f"task {member.task.name!r}, layer {layer.name!r}"
 
 
 def _size(members: Sequence[Member], layers: JointLayers) -> int:
