@@ -17,7 +17,7 @@ FLOORS: list[set[str]] = [
     {"observing", "zipped"},
     {"planning", "training"},
     {"zipping"},
-    {"export", "pruning", "report"},
+    {"export", "factoring", "pruning", "report"},
     {"experiments"},
     {"cli"},
 ]

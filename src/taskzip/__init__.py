@@ -2,6 +2,7 @@
 
 from taskzip.errors import CheckpointError, ExportError, GraphError, InputError, TaskzipError, TaskzipWarning
 from taskzip.export import export_executorch, export_graph, export_onnx
+from taskzip.factoring import compress
 from taskzip.planning import Budget, MaxDrop, Threshold, measure
 from taskzip.pruning import prune
 from taskzip.report import inspect
@@ -26,6 +27,7 @@ __all__ = [
     "Threshold",
     "ZippedModel",
     "__version__",
+    "compress",
     "export_executorch",
     "export_graph",
     "export_onnx",

@@ -14,6 +14,7 @@ from taskzip.algebra.guard import (
     some,
     spread_is_better,
 )
+from taskzip.algebra.low_rank import LowRank, low_rank, spectrum
 from taskzip.algebra.matching import Matching, Pairs, choose, match, match_costs
 from taskzip.algebra.merging import merge_weights
 from taskzip.algebra.projection import project, rise
@@ -27,6 +28,7 @@ __all__ = [
     "Connections",
     "Factored",
     "LayerStatistics",
+    "LowRank",
     "Matching",
     "Moments",
     "Pairs",
@@ -44,6 +46,7 @@ __all__ = [
     "following",
     "functional_difference",
     "least_squares",
+    "low_rank",
     "match",
     "match_costs",
     "match_spread",
@@ -56,6 +59,7 @@ __all__ = [
     "rise",
     "schur_complement",
     "some",
+    "spectrum",
     "spread_is_better",
     "support",
     "united",

@@ -166,6 +166,10 @@ class LayerStatistics:
         variance = quadratic(restricted(self.covariance(), free), weights[:, free])
         return weights @ mean, variance.clamp_min(0)
 
+    def input_mean(self) -> Float[Tensor, " d1"]:
+        """Mean of the inputs over the rows, that of the constant one being 1."""
+        return self._totals[0] / self.rows
+
     def covariance(self) -> Float[Tensor, "d1 d1"] | Factored:
         """Covariance of the inputs over the rows; the constant input has none."""
         h, mean = self.curvature, self._totals[0] / self.rows
