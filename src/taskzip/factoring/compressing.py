@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from taskzip.algebra import LayerStatistics, LowRank, low_rank, spectrum
 from taskzip.copying import check_kind
 from taskzip.errors import InputError
-from taskzip.factoring.two_layers import can_be_two, put_two
+from taskzip.factoring.two_layers import put_two, replaceable
 from taskzip.graph import Layer
 from taskzip.observing import MaxRows, Sensitivity, sensitivities
 from taskzip.planning import Ranked, choose_ranks
@@ -63,7 +63,7 @@ def compress(task: Task, size: float, *, max_rows: MaxRows = "auto", progress: b
 
 
 def _compressed(member: Member, size: float, settings: Settings, progress: bool) -> nn.Module:
-    layers = [layer for layer in member.structure.layers if layer.solvable and can_be_two(member.network, layer)]
+    layers = replaceable(member.task, member.network, [layer for layer in member.structure.layers if layer.solvable])
     metrics = sensitivities(member.task, member.network, layers, settings.seed)
     layers = [layer for layer in layers if layer.name in metrics]
     ranks = _ranks(member, layers, metrics, size, settings)
@@ -97,7 +97,7 @@ def _ranks(
     total = sum(p.numel() for p in member.network.parameters())
     ranked = [_ranked(layer, member.weights(layer), seen[layer.name], metrics[layer.name]) for layer in layers]
     fixed = total - sum(each.whole for each in ranked)
-    least = fixed + sum(each.each for each in ranked)
+    least = fixed + sum(each.least for each in ranked)
     if size * total < least:
         raise InputError(
             f"task {member.task.name!r}: size={size:g} cannot be reached: with rank 1 everywhere {least:,} of its "

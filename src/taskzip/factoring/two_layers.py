@@ -2,24 +2,58 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from taskzip.algebra import LowRank
+from taskzip.copying import copy_of
 from taskzip.graph import Layer
+from taskzip.tasks import Batch, Task, evaluating, run_batch
 
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def can_be_two(network: nn.Module, layer: Layer) -> bool:
-    """Whether a layer is a module of torch's own, with nothing done to its weights, that two can stand for."""
-    path, _, name = layer.weight.rpartition(".")
-    if name != "weight" or not path:
+def replaceable(task: Task, network: nn.Module, layers: Sequence[Layer]) -> list[Layer]:
+    """The layers that two can stand for: modules of torch's own of which nothing but the call is used."""
+    names = Counter(id(p) for _, p in network.named_parameters(remove_duplicate=False))
+    able = [
+        layer
+        for layer in layers
+        if names[id(network.get_parameter(layer.weight))] == 1 and _is_torch_own(network, layer.weight, layer.bias)
+    ]
+    batch = next(task.batches())
+    return able if _run(task, network, able, batch) else [x for x in able if _run(task, network, [x], batch)]
+
+
+def _is_torch_own(network: nn.Module, weight: str, bias: str | None) -> bool:
+    path, _, name = weight.rpartition(".")
+    if name != "weight" or not path or bias not in (None, f"{path}.bias"):
         return False
     module = network.get_submodule(path)
-    return type(module) in _KINDS and not network.get_parameter(layer.weight).is_complex()
+    return type(module) in _KINDS and not network.get_parameter(weight).is_complex() and not _hooks(module)
+
+
+def _hooks(module: nn.Module) -> bool:
+    """Whether something is called along with the module."""
+    return any(getattr(module, f"_{when}_hooks") for when in ("forward", "forward_pre", "backward", "backward_pre"))
+
+
+def _run(task: Task, network: nn.Module, layers: Sequence[Layer], batch: Batch) -> bool:
+    """Whether a network runs when two layers stand for each of these: its code may read their weights itself."""
+    trial = copy_of(network)
+    for layer in layers:
+        shape = network.get_parameter(layer.weight).flatten(1).shape
+        put_two(trial, layer, LowRank(torch.zeros(shape[0], 1), torch.zeros(1, shape[1]), torch.zeros(shape[0])))
+    try:
+        with evaluating(trial):
+            run_batch(task, trial, batch, 0)
+    except AttributeError:
+        return False
+    return True
 
 
 def put_two(network: nn.Module, layer: Layer, factors: LowRank) -> None:

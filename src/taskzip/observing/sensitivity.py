@@ -74,10 +74,16 @@ def _gradients(
         return {}
     drawn = [torch.randn(y.shape, generator=generator).to(y) for y in outputs]
     per_sample = sum(y.numel() for y in outputs) / samples_in(batch)
-    scaled = [v / (y.detach().std().clamp_min(1e-12) * per_sample**0.5) for v, y in zip(drawn, outputs, strict=True)]
+    scaled = [v / (_size(y.detach()) * per_sample**0.5) for v, y in zip(drawn, outputs, strict=True)]
     total = sum((v * y).sum() for v, y in zip(scaled, outputs, strict=True))
     found: dict[str, list[Tensor]] = {}
     for (layer, _), g in zip(seen, torch.autograd.grad(total, [z for _, z in seen], allow_unused=True), strict=True):
         if g is not None:
             found.setdefault(layer.name, []).append(by_channel(g, layer).flatten(0, -2))
     return found
+
+
+def _size(outputs: Tensor) -> Tensor:
+    """What errors of outputs are relative to: how much these vary, or else how large they are."""
+    spread = outputs.std(correction=0)
+    return spread if spread > 0 else outputs.abs().mean().clamp_min(torch.finfo(outputs.abs().dtype).tiny)

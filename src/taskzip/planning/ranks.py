@@ -28,6 +28,11 @@ class Ranked:
         """The largest rank that is smaller than the layer as it is."""
         return min(len(self.errors) - 1, (self.whole - 1) // self.each)
 
+    @property
+    def least(self) -> int:
+        """The fewest parameters that it can have."""
+        return self.each if self.most else self.whole
+
 
 def choose_ranks(layers: Sequence[Ranked], parameters: int) -> list[int | None]:
     """The rank of each layer, or None where it stays whole, that fit into so many parameters, least errors first.
