@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import taskzip as tz
-from taskzip import sparsity
+from taskzip.algebra import sparsity
 from taskzip.algebra.sparsity import pruned_layers
 
 DOUBLE = torch.float64

@@ -90,6 +90,16 @@ class Remembers(nn.Module):
         return self.out(self.third(torch.cat([x, self.kept], 1)).relu())
 
 
+class Clears(Remembers):
+    """It also takes away what lay there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = self.first(x).relu()
+        x = self.third(torch.cat([self.second(self.kept).relu(), self.kept], 1)).relu()
+        del self.kept
+        return self.out(x)
+
+
 class Opens(nn.Module):
     """Some of its layers run inside of what it opens."""
 
@@ -125,6 +135,7 @@ FORMS: list[tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, Any]]] = [
     (Twice, VECTORS, {"residual": "independent"}),
     (Attention, VECTORS, {}),
     (Remembers, VECTORS, {}),
+    (Clears, VECTORS, {}),
     (opened(torch.no_grad), VECTORS, {}),
     (opened(warnings.catch_warnings), VECTORS, {}),
 ]
@@ -198,7 +209,7 @@ def test_every_network_runs_once(
     assert len(begun) == 2 * (CHECK + 5 * rounds)
 
 
-@pytest.mark.parametrize("make", [Remembers, opened(warnings.catch_warnings)])
+@pytest.mark.parametrize("make", [Remembers, Clears, opened(warnings.catch_warnings)])
 def test_where_forwards_cannot_wait_each_layer_begins_anew(
     make: Callable[[], nn.Module], begun: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

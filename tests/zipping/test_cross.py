@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_many_tasks import cnn as wide_cnn
-from test_many_tasks import drawn
-from test_many_tasks import run_zip as run_many
 from torch import Tensor, nn
 from twin import zip_twin
+from zipping.test_many_tasks import cnn as wide_cnn
+from zipping.test_many_tasks import drawn
+from zipping.test_many_tasks import run_zip as run_many
 from zipping.test_zipping import (
     Case,
     assert_close,

@@ -235,7 +235,11 @@ class Member:
             except InputError:  # the network is made for batches of one size
                 few = whole
                 wanted = run_batch(self.task, self.network, few[0], 0)
-        given = interleaved(self.task, self.network, self.dense, self.structure.layers, few)
+        try:
+            given = interleaved(self.task, self.network, self.dense, self.structure.layers, few)
+        except Exception as error:  # one after another they run: what one needs the other has cleared
+            log.debug("%s: by turns its forwards fail: %s", self.task.name, error)
+            given = None
         if given is not None and _same(wanted, given):
             return True
         log.info("%s: its forwards cannot wait for each other, so that each layer takes a new one", self.task.name)
