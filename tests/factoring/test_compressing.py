@@ -157,6 +157,69 @@ def test_what_the_code_of_the_network_reads_stays_whole() -> None:
     assert far(model, found, vectors()) < 0.3
 
 
+class Asks(nn.Module):
+    """What it does depends on what its parts are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([nn.Linear(12, 20), nn.Linear(20, 20), nn.Linear(20, 20), nn.Linear(20, 3)])
+        self.free = nn.Linear(3, 30)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            x = part(x).relu() if (isinstance(part, nn.Linear) and part.in_features < 20) or len(x) < 0 else part(x)
+        return self.free(x)
+
+
+def test_code_that_asks_what_its_parts_are() -> None:
+    """Two layers would be no linear layer to it, and lose their activation."""
+    model = Asks()
+    found = compress(model, vectors(), 0.8)
+    assert type(found.parts[0]) is nn.Linear
+    assert far(model, found, vectors()) < 0.2
+
+
+class Masked(nn.Module):
+    """Some scores are infinite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x).masked_fill(torch.tensor([False, True, False]), -torch.inf)
+
+
+def test_infinite_scores() -> None:
+    model, x = Masked(), vectors()
+    found = compress(model, x, 0.6)
+    with torch.no_grad():
+        wanted, given = (each(x)[:, ::2] for each in (model, found))
+    assert float((given - wanted).square().mean() / wanted.var()) < 0.3
+
+
+def test_a_layer_that_does_not_matter() -> None:
+    """Nothing that it answers reaches the outputs; in float32 a tiny metric would overflow."""
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.side, self.gate = mlp(), nn.Linear(12, 3), nn.Parameter(torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x) + self.gate * self.side(x)
+
+    model, x = Gated(), vectors().float()
+    found = tz.compress(tz.Task("a", model, [x]), 0.6, progress=False)
+    assert all(p.isfinite().all() and p.abs().max() < 100 for p in found.parameters())
+
+
+def test_outputs_without_a_gradient() -> None:
+    task = tz.Task("a", mlp().to(DOUBLE), [vectors()], forward=lambda model, x: model(x).argmax(1))
+    with pytest.raises(tz.InputError, match=r"task 'a': no output has a gradient, .* pick them by Task\(forward=...\)"):
+        tz.compress(task, 0.5, progress=False)
+
+
 @pytest.mark.parametrize(
     "make, size, message",
     [

@@ -62,6 +62,9 @@ def low_rank(
     first = vectors[:, -rank:]
     right = first.mT @ root @ weights[:, :-1]
     left = torch.linalg.solve(root, first)
+    sizes = [torch.linalg.vector_norm(each, dim=dim) for each, dim in ((left, 0), (right, 1))]
+    balance = torch.where((sizes[0] > 0) & (sizes[1] > 0), (sizes[1] / sizes[0]).sqrt(), 1)
+    left, right = left * balance, right / balance[:, None]
     shift = weights[:, -1]
     if bias:
         shift = shift + (weights[:, :-1] - left @ right) @ _mean(statistics)
@@ -85,7 +88,9 @@ def _mean(statistics: LayerStatistics) -> Float[Tensor, " d"]:
 
 
 def _root(metric: Float[Tensor, "units units"]) -> Float[Tensor, "units units"]:
-    """The symmetric root of a metric in which every direction matters at least a little."""
+    """The symmetric root of a metric in which every direction matters at least a little; of nothing that of 1."""
+    if not metric.any():
+        return torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
     values, vectors = torch.linalg.eigh(metric)
-    least = _LEAST * values.clamp_min(0).mean() + torch.finfo(values.dtype).tiny
+    least = _LEAST * values.clamp_min(0).mean()
     return (vectors * values.clamp_min(float(least)).sqrt()) @ vectors.mT

@@ -65,6 +65,11 @@ def compress(task: Task, size: float, *, max_rows: MaxRows = "auto", progress: b
 def _compressed(member: Member, size: float, settings: Settings, progress: bool) -> nn.Module:
     layers = replaceable(member.task, member.network, [layer for layer in member.structure.layers if layer.solvable])
     metrics = sensitivities(member.task, member.network, layers, settings.seed)
+    if not metrics:
+        raise InputError(
+            f"task {member.task.name!r}: no output has a gradient, by which errors of layers are weighed: let the "
+            f"network give numbers, or pick them by Task(forward=...), without torch.no_grad."
+        )
     layers = [layer for layer in layers if layer.name in metrics]
     ranks = _ranks(member, layers, metrics, size, settings)
     factors: dict[str, LowRank] = {}

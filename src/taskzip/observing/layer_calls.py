@@ -119,6 +119,7 @@ def run_to(
 
     What comes after a call may write into what was read. Without `outputs` the last of all calls is not computed.
     """
+    torch.clear_autocast_cache()
     weights = {id(model.get_parameter(layer.weight)): layer for layer in layers}
     left = {layer.name: layer.calls for layer in layers}
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from taskzip.errors import InputError
 from taskzip.graph import Layer
 from taskzip.observing.layer_calls import Call, LayerCalls
 from taskzip.observing.rows import by_channel
@@ -72,18 +73,30 @@ def _gradients(
         outputs = [y for y in tensors(run_batch(task, network, batch, index)) if has_numbers(y) and y.requires_grad]
     if not outputs or not seen:
         return {}
+    sizes = [_size(y.detach()[y.isfinite()]) for y in outputs]
+    outputs = [torch.where(y.isfinite(), y, 0) for y in outputs]  # what was masked has infinite scores
     drawn = [torch.randn(y.shape, generator=generator).to(y) for y in outputs]
     per_sample = sum(y.numel() for y in outputs) / samples_in(batch)
-    scaled = [v / (_size(y.detach()) * per_sample**0.5) for v, y in zip(drawn, outputs, strict=True)]
+    scaled = [v / (size * per_sample**0.5) for v, size in zip(drawn, sizes, strict=True)]
     total = sum((v * y).sum() for v, y in zip(scaled, outputs, strict=True))
     found: dict[str, list[Tensor]] = {}
-    for (layer, _), g in zip(seen, torch.autograd.grad(total, [z for _, z in seen], allow_unused=True), strict=True):
+    try:
+        gradients = torch.autograd.grad(total, [z for _, z in seen], allow_unused=True)
+    except RuntimeError as error:
+        raise InputError(
+            f"task {task.name!r}: no gradient of its outputs can be had, by which errors of layers are weighed: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    for (layer, _), g in zip(seen, gradients, strict=True):
         if g is not None:
-            found.setdefault(layer.name, []).append(by_channel(g, layer).flatten(0, -2))
-    return found
+            rows = by_channel(g, layer).flatten(0, -2)
+            found.setdefault(layer.name, []).append(rows[rows.isfinite().all(1)])
+    return {name: each for name, each in found.items() if sum(map(len, each))}
 
 
 def _size(outputs: Tensor) -> Tensor:
     """What errors of outputs are relative to: how much these vary, or else how large they are."""
+    if not outputs.any():
+        return torch.ones_like(outputs.abs().sum())
     spread = outputs.std(correction=0)
-    return spread if spread > 0 else outputs.abs().mean().clamp_min(torch.finfo(outputs.abs().dtype).tiny)
+    return spread if spread > 0 else outputs.abs().mean()

@@ -7,6 +7,8 @@ and where weights have changed that it has used. So what is read at a layer is w
 
 from __future__ import annotations
 
+import contextvars
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -49,6 +51,7 @@ class Forwards:
             GraphError: the layer is not called as often as in the exported graph.
         """
         now = Now(self._network, self._dense)
+        torch.clear_autocast_cache()  # the weights that an autocast around all this has cast are not those of now
         with evaluating(self._network):
             for index, batch in enumerate(self._task.batches()):
                 forward = self._waiting.pop(index, None)
@@ -131,6 +134,7 @@ class Forward:
         self._results: list[weakref.ref[Tensor]] = []
         self._target: int | None = None
         self._body = greenlet(self._run)
+        self._body.gr_context = contextvars.copy_context()
 
     @property
     def waits(self) -> bool:
@@ -139,7 +143,12 @@ class Forward:
 
     def can_reach(self, layer: Layer, now: Now) -> bool:
         """Whether it would read at this layer what a new forward of the network would read."""
-        return not self._body.dead and id(now.named[layer.weight]) not in self._passed and self._used.unchanged(now)
+        return (
+            not self._body.dead
+            and id(now.named[layer.weight]) not in self._passed
+            and self._used.unchanged(now)
+            and (not self._body or self._kept.unchanged())
+        )
 
     def read(self, layer: Layer, now: Now, *, outputs: bool) -> Sequence[Read]:
         """Go on to the last call of a layer and wait there: what it reads in all of its calls."""
@@ -164,6 +173,7 @@ class Forward:
 
     def _go_on(self, target: int | None, now: Now) -> Any:
         self._target, self._now, self._outside = target, now, _surroundings()
+        self._buffers = _buffers(self._network)
         return self._body.switch()
 
     def _run(self) -> Any:
@@ -202,8 +212,9 @@ class Forward:
 
     def _wait(self) -> None:
         """Let others run."""
-        if _surroundings() != self._outside:
-            raise Reached  # they would run inside of what the network has opened
+        if _surroundings() != self._outside or _buffers(self._network) != self._buffers:
+            raise Reached  # they would run inside of what the network has opened, and buffers are put back meanwhile
+        self._kept = _Kept(self._network.modules())
         with uncaught():
             self._body.parent.switch()
 
@@ -226,6 +237,43 @@ class Forward:
         return sum({each.data_ptr(): each.nbytes() for each in alive if each.data_ptr() not in own}.values())
 
 
+class _Kept:
+    """What modules keep besides parameters, buffers and parts: others that run meanwhile may leave something else."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._modules = list(modules)
+        self._objects = list(_kept(self._modules))
+        self._versions = [version(each) for each in self._objects if isinstance(each, Tensor)]
+
+    def unchanged(self) -> bool:
+        """Whether it is all the same, not only equal."""
+        now = _Kept(self._modules)
+        return (
+            len(now._objects) == len(self._objects)
+            and all(a is b for a, b in zip(now._objects, self._objects, strict=True))
+            and now._versions == self._versions
+        )
+
+
+def _kept(modules: Iterable[nn.Module]) -> Iterator[object]:
+    for module in modules:
+        for name, value in vars(module).items():
+            if name not in _OF_MODULES:
+                yield value
+                if isinstance(value, dict):
+                    yield from (*value, *value.values())
+                elif isinstance(value, (list, tuple, set)):
+                    yield from value
+
+
+_OF_MODULES = frozenset(vars(nn.Module()))
+
+
+def _buffers(network: nn.Module) -> list[tuple[int, object]]:
+    """Which buffers there are, and how often they were written to."""
+    return [(id(buffer), version(buffer)) for buffer in network.buffers()]
+
+
 class _Listening(LayerCalls):
     """Hands on layers' calls, and what functions were given and gave; of those that call layers, what they gave."""
 
@@ -245,23 +293,24 @@ class _Listening(LayerCalls):
 
 def interleaved(
     task: Task, network: nn.Module, dense: Callable[[str], Tensor], layers: Sequence[Layer], batches: Sequence[Batch]
-) -> Any:
-    """What a network answers to the first of some batches while it runs on all of them, from layer to layer by turns.
+) -> list[Any]:
+    """What a network answers to some batches while it runs on all of them, from layer to layer by turns.
 
     None where it cannot wait at one of the layers.
     """
     now = Now(network, dense)
     forwards = [Forward(task, network, batch, index) for index, batch in enumerate(batches)]
-    with evaluating(network):
-        try:
-            for layer in layers:
+    try:
+        for layer in layers:
+            with evaluating(network):
                 for forward in forwards:
                     if forward.can_reach(layer, now):
                         forward.read(layer, now, outputs=False)
-            return forwards[0].finish(now)
-        finally:
-            for forward in forwards:
-                forward.close()
+        with evaluating(network):
+            return [forward.finish(now) for forward in forwards]
+    finally:
+        for forward in forwards:
+            forward.close()
 
 
 def _flat(values: Iterable[Any]) -> Iterator[Any]:
@@ -282,10 +331,15 @@ def _surroundings() -> tuple[Any, ...]:
         torch._C._len_torch_function_stack(),
         torch._C._len_torch_dispatch_stack(),
         torch._C._functorch.peek_interpreter_stack() is None,
+        torch._C._is_fwd_grad_enabled(),
         torch.get_default_dtype(),
         torch.get_float32_matmul_precision(),
         torch.backends.cuda.flash_sdp_enabled(),
         torch.backends.cuda.mem_efficient_sdp_enabled(),
         torch.backends.cuda.math_sdp_enabled(),
+        (torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
+        (torch.cuda.current_device(), torch.cuda.current_stream()) if torch.cuda.is_initialized() else None,
         id(warnings.filters),
+        id(sys.stdout),
+        id(sys.stderr),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -27,12 +28,13 @@ class Kept:
             yield from self._batches
             return
         kept: list[Batch] = []
+        left = self._memory
         for batch in self._data:
-            if self._memory > 0:
-                self._memory -= sum(t.nbytes for t in pytree.tree_leaves(plain(batch)) if isinstance(t, Tensor))
-                kept.append(batch)
-            if self._memory <= 0:
+            if left > 0:
+                left -= sum(t.nbytes for t in pytree.tree_leaves(plain(batch)) if isinstance(t, Tensor))
+                kept.append(pytree.tree_map_only(Tensor, torch.clone, plain(batch)))  # a loader may refill its tensors
+            if left <= 0:
                 kept.clear()
             yield batch
-        if self._memory > 0:
+        if left > 0:
             self._batches = kept

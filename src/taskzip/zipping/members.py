@@ -37,8 +37,8 @@ _SAMPLES = 256
 _FEW = 8
 """So many samples show in which order layers answer."""
 
-_TURNS = 2
-"""So many samples show whether forwards can run by turns."""
+_TURNS = (2, 1)
+"""So many samples of two batches show whether forwards can run by turns."""
 
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3}
 
@@ -228,22 +228,24 @@ class Member:
     def _can_wait(self) -> bool:
         """Whether forwards of the network that run by turns answer what they answer one after another."""
         whole = list(islice(self.task.batches(), 2))
-        few = [_few(batch, _TURNS) for batch in whole]
-        with evaluating(self.network):
-            try:
-                wanted = run_batch(self.task, self.network, few[0], 0)
-            except InputError:  # the network is made for batches of one size
-                few = whole
-                wanted = run_batch(self.task, self.network, few[0], 0)
+        few = [_few(batch, samples) for batch, samples in zip(whole, _TURNS, strict=False)]
+        try:
+            wanted = [self._answer(batch) for batch in few]
+        except Exception:  # the network is made for batches of one size
+            few, wanted = whole, [self._answer(batch) for batch in whole]
         try:
             given = interleaved(self.task, self.network, self.dense, self.structure.layers, few)
         except Exception as error:  # one after another they run: what one needs the other has cleared
             log.debug("%s: by turns its forwards fail: %s", self.task.name, error)
-            given = None
-        if given is not None and _same(wanted, given):
+            given = [None]
+        if None not in given and all(_same(a, b) for a, b in zip(wanted, given, strict=True)):
             return True
         log.info("%s: its forwards cannot wait for each other, so that each layer takes a new one", self.task.name)
         return False
+
+    def _answer(self, batch: Batch) -> Any:
+        with evaluating(self.network):
+            return run_batch(self.task, self.network, batch, 0)
 
     def _misread(
         self,
@@ -402,10 +404,13 @@ def _few(batch: Batch, samples: int) -> Batch:
 
 
 def _same(wanted: Any, given: Any) -> bool:
-    return all(_close(a, b) for a, b in zip(tensors(wanted), tensors(given), strict=True))
+    pairs = list(zip(tensors(wanted), tensors(given), strict=False))
+    return len(tensors(wanted)) == len(tensors(given)) and all(_close(a, b) for a, b in pairs)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
     if not has_numbers(a):
         return bool((a == b).all())
     apart = a != b  # equal infinities are equal
