@@ -17,6 +17,7 @@ from zipping.test_many_tasks import run_zip as run_many
 from zipping.test_zipping import (
     Case,
     assert_close,
+    assert_is_twin,
     batch_normed,
     cnn,
     count,
@@ -59,13 +60,7 @@ def test_agrees_with_the_literal_twin(case: Case, matching: str, compensate: boo
     }
     zipped = run_zip(models, batches, **options)
     twin = zip_twin(models, [each.numpy() for each in data], **options)
-    for record, turn in zip(zipped.history.layers, twin.turns, strict=False):
-        assert record.shared == len(turn.pairs) > 0
-        assert record.cost == pytest.approx(turn.cost, rel=1e-6)
-    for task, name in enumerate("ab"):
-        fresh = torch.randn(9, *data[task].shape[1:], dtype=DOUBLE)
-        for x in (data[task], fresh):
-            assert_close(zipped[name](x), twin(task, x.numpy()))
+    assert_is_twin(zipped, twin, data)
 
 
 def test_many_inputs_for_few_samples() -> None:

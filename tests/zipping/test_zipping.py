@@ -123,6 +123,17 @@ def no_bias() -> tuple[list[nn.Sequential], list[Tensor], list[int]]:
 CASES = [uneven_fc, wider_first, uneven_cnn, rgb_and_grey, no_bias]
 
 
+def assert_is_twin(zipped: tz.ZippedModel, twin: Any, data: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
+    """Two tasks share as many units for the same cost, and answer the same; on which inputs, by task."""
+    for record, turn in zip(zipped.history.layers, twin.turns, strict=False):
+        assert record.shared == len(turn.pairs) > 0
+        assert record.cost == pytest.approx(turn.cost, rel=1e-6)
+    asked = [(task, x) for task, seen in enumerate(data) for x in (seen, torch.randn(9, *seen.shape[1:], dtype=DOUBLE))]
+    for task, x in asked:
+        assert_close(zipped["ab"[task]](x), twin(task, x.numpy()))
+    return asked
+
+
 @pytest.mark.parametrize("share", [1.0, 0.5])
 @pytest.mark.parametrize("compensate", [False, True])
 @pytest.mark.parametrize("matching", ["greedy", "optimal"])
@@ -135,14 +146,8 @@ def test_agrees_with_the_literal_twin(case: Case, matching: str, compensate: boo
     zipped = run_zip(models, batches, **options)
     twin = zip_twin(models, [each.numpy() for each in data], **options)
 
-    for record, turn in zip(zipped.history.layers, twin.turns, strict=False):
-        assert record.shared == len(turn.pairs) > 0
-        assert record.cost == pytest.approx(turn.cost, rel=1e-6)
-    for task, name in enumerate("ab"):
-        fresh = torch.randn(9, *data[task].shape[1:], dtype=DOUBLE)
-        for x in (data[task], fresh):
-            assert_close(zipped[name](x), twin(task, x.numpy()))
-            assert not torch.allclose(models[task](x), zipped[name](x), rtol=1e-3)  # something did change
+    for task, x in assert_is_twin(zipped, twin, data):
+        assert not torch.allclose(models[task](x), zipped["ab"[task]](x), rtol=1e-3)  # something did change
 
 
 @pytest.mark.parametrize("damping, ridge", [(1e-4, 1e-1), (0.5, 1e-6)])

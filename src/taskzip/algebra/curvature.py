@@ -162,7 +162,7 @@ class LayerStatistics:
 
     def moments(self, weights: Float[Tensor, "units d1"]) -> Moments:
         """Mean and variance of what units with these incoming weights (bias last) answer on the same rows."""
-        mean, free = self._totals[0] / self.rows, slice(0, -1)
+        mean, free = self.input_mean(), slice(0, -1)
         variance = quadratic(restricted(self.covariance(), free), weights[:, free])
         return weights @ mean, variance.clamp_min(0)
 
@@ -172,7 +172,7 @@ class LayerStatistics:
 
     def covariance(self) -> Float[Tensor, "d1 d1"] | Factored:
         """Covariance of the inputs over the rows; the constant input has none."""
-        h, mean = self.curvature, self._totals[0] / self.rows
+        h, mean = self.curvature, self.input_mean()
         if isinstance(h, Factored):
             return Factored((h.rows - torch.outer(h.rows[:, -1], mean)) / self.rows**0.5, h.diagonal)
         return h / self.rows - torch.outer(mean, mean)

@@ -49,7 +49,7 @@ def layer_errors(
     else:
         together = _cross_covariance(statistics, units)
         left = quadratic(covariance, weights) - 2 * (weights * together.mT).sum(1) + variance
-    return left.clamp_min(0) + (weights @ _input_means(statistics) - mean).square()
+    return left.clamp_min(0) + (weights @ statistics.input_mean() - mean).square()
 
 
 def scales(
@@ -149,7 +149,7 @@ def check_merging(
         was = before.unflatten(0, (pairs, height))[chosen].flatten(0, 1)
         total = weight * s.rows / 2 * count[chosen]
         covariance = s.covariance()
-        shift = torch.zeros_like(rows[:, 0]) if free else (rows @ _input_means(s)).square()
+        shift = torch.zeros_like(rows[:, 0]) if free else (rows @ s.input_mean()).square()
         cost += total * (quadratic(covariance, rows) + shift).unflatten(0, (-1, height)).sum(1)
         whole += total * quadratic(covariance, was).unflatten(0, (-1, height)).sum(1)
     excess = (cost - promised[chosen].double()).clamp_min(0)
@@ -268,11 +268,6 @@ def _counts(statistics: LayerStatistics) -> Tensor:
     return h.rows[:, -1]
 
 
-def _input_means(statistics: LayerStatistics) -> Tensor:
-    h = statistics.curvature
-    return (h.rows.mT @ h.rows[:, -1] if isinstance(h, Factored) else h[-1]) / statistics.rows
-
-
 def _mean_squares(statistics: LayerStatistics) -> Tensor:
     h = statistics.curvature
     return (h.rows.square().sum(0) if isinstance(h, Factored) else h.diagonal()) / statistics.rows
@@ -281,4 +276,4 @@ def _mean_squares(statistics: LayerStatistics) -> Tensor:
 def _cross_covariance(statistics: LayerStatistics, units: Tensor) -> Tensor:
     """Of inputs and original answers, [d1, some]."""
     mean, _ = _answers(statistics, units)
-    return statistics.cross[:, units] / statistics.rows - torch.outer(_input_means(statistics), mean)
+    return statistics.cross[:, units] / statistics.rows - torch.outer(statistics.input_mean(), mean)

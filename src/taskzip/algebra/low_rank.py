@@ -67,7 +67,7 @@ def low_rank(
     left, right = left * balance, right / balance[:, None]
     shift = weights[:, -1]
     if bias:
-        shift = shift + (weights[:, :-1] - left @ right) @ _mean(statistics)
+        shift = shift + (weights[:, :-1] - left @ right) @ statistics.input_mean()[:-1]
     return LowRank(left, right, shift)
 
 
@@ -81,10 +81,6 @@ def _answers(
         pulled = w @ h.rows.mT
         return pulled @ pulled.mT + (w * h.diagonal) @ w.mT
     return w @ h @ w.mT
-
-
-def _mean(statistics: LayerStatistics) -> Float[Tensor, " d"]:
-    return statistics.input_mean()[:-1]
 
 
 def _root(metric: Float[Tensor, "units units"]) -> Float[Tensor, "units units"]:

@@ -20,7 +20,7 @@ from taskzip.observing import MaxRows, Sensitivity, sensitivities
 from taskzip.planning import Ranked, choose_ranks
 from taskzip.randomness import seeded
 from taskzip.tasks import Task
-from taskzip.zipping import Member, Settings, compensated, observe, read_settings, settle, survey
+from taskzip.zipping import Member, Settings, compensated, observe, settings_alone, settle, survey
 
 log = logging.getLogger("taskzip")
 """Says at level INFO which rank each layer has got."""
@@ -55,7 +55,7 @@ def compress(task: Task, size: float, *, max_rows: MaxRows = "auto", progress: b
     if not isinstance(size, float) or not 0 < size < 1:
         raise InputError(f"size={size!r} must be a fraction above 0 and below 1 of the network's parameters.")
     check_kind(task.model, f"task {task.name!r}: ")
-    settings = _settings(task.name, max_rows, seed)
+    settings = settings_alone(max_rows=max_rows, seed=seed)
     with seeded(seed):
         member = Member(task, seed)
         with closing(member.forwards):
@@ -117,27 +117,3 @@ def _ranked(layer: Layer, weights: Tensor, statistics: LayerStatistics, found: S
     left = torch.cat([values.flip(0).cumsum(0).flip(0), values.new_zeros(1)]) * found.rows
     inputs = layer.inputs * layer.taps
     return Ranked(left.cpu().numpy(), inputs + layer.units, inputs * layer.units)
-
-
-def _settings(name: str, max_rows: MaxRows, seed: int) -> Settings:
-    return read_settings(
-        [name],
-        share=0.0,
-        balance=None,
-        matching="optimal",
-        compensate=True,
-        adapt=None,
-        spread=None,
-        own_scale=None,
-        residual="coupled",
-        aligned=None,
-        cross=True,
-        connections="denser",
-        batch_norm="private",
-        layers=None,
-        damping=1e-2,
-        ridge=None,
-        max_rows=max_rows,
-        retrain=None,
-        seed=seed,
-    )

@@ -132,6 +132,7 @@ class Forward:
         self._passed: set[int] = set()  # weights that linear layers and convolutions were called with
         self._used = _Used()
         self._results: list[weakref.ref[Tensor]] = []
+        self._kept = _Attributes(())
         self._target: int | None = None
         self._body = greenlet(self._run)
         self._body.gr_context = contextvars.copy_context()
@@ -147,7 +148,7 @@ class Forward:
             not self._body.dead
             and id(now.named[layer.weight]) not in self._passed
             and self._used.unchanged(now)
-            and (not self._body or self._kept.unchanged())
+            and self._kept.unchanged()
         )
 
     def read(self, layer: Layer, now: Now, *, outputs: bool) -> Sequence[Read]:
@@ -214,7 +215,7 @@ class Forward:
         """Let others run."""
         if _surroundings() != self._outside or _buffers(self._network) != self._buffers:
             raise Reached  # they would run inside of what the network has opened, and buffers are put back meanwhile
-        self._kept = _Kept(self._network.modules())
+        self._kept = _Attributes(self._network.modules())
         with uncaught():
             self._body.parent.switch()
 
@@ -237,7 +238,7 @@ class Forward:
         return sum({each.data_ptr(): each.nbytes() for each in alive if each.data_ptr() not in own}.values())
 
 
-class _Kept:
+class _Attributes:
     """What modules keep besides parameters, buffers and parts: others that run meanwhile may leave something else."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -247,7 +248,7 @@ class _Kept:
 
     def unchanged(self) -> bool:
         """Whether it is all the same, not only equal."""
-        now = _Kept(self._modules)
+        now = _Attributes(self._modules)
         return (
             len(now._objects) == len(self._objects)
             and all(a is b for a, b in zip(now._objects, self._objects, strict=True))

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+_Point = tuple[int | None, int, float]
+"""Rank, None for the layer as it is; parameters; error."""
+
 
 @dataclass(frozen=True)
 class Ranked:
@@ -40,8 +43,10 @@ def choose_ranks(layers: Sequence[Ranked], parameters: int) -> list[int | None]:
     From rank 1 on, steps along the lower convex hull of each layer's (parameters, error), those that take away most for
     a parameter first; what is left then goes to single ranks that still fit.
     """
-    steps = sorted((slope, k, i) for k, layer in enumerate(layers) for i, slope in enumerate(_slopes(layer)))
     hulls = [_hull(layer) for layer in layers]
+    steps = sorted(
+        (_slope(a, b), k, i) for k, hull in enumerate(hulls) for i, (a, b) in enumerate(itertools.pairwise(hull))
+    )
     at = [0 for _ in layers]
     left = parameters - sum(hull[0][1] for hull in hulls)
     for _, k, i in steps:
@@ -52,17 +57,15 @@ def choose_ranks(layers: Sequence[Ranked], parameters: int) -> list[int | None]:
     return _filled(layers, ranks, left)
 
 
-def _points(layer: Ranked) -> list[tuple[int | None, int, float]]:
-    """Rank, parameters, error; the layer as it is at the end."""
-    ranks: list[tuple[int | None, int, float]] = [
-        (r, r * layer.each, float(layer.errors[r])) for r in range(1, layer.most + 1)
-    ]
+def _points(layer: Ranked) -> list[_Point]:
+    """What the layer can be, smallest first; the layer as it is at the end."""
+    ranks: list[_Point] = [(r, r * layer.each, float(layer.errors[r])) for r in range(1, layer.most + 1)]
     return [*ranks, (None, layer.whole, 0.0)]
 
 
-def _hull(layer: Ranked) -> list[tuple[int | None, int, float]]:
+def _hull(layer: Ranked) -> list[_Point]:
     """The points below which no mean of two others lies."""
-    hull: list[tuple[int | None, int, float]] = []
+    hull: list[_Point] = []
     for point in _points(layer):
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-2], point):
             hull.pop()
@@ -70,13 +73,8 @@ def _hull(layer: Ranked) -> list[tuple[int | None, int, float]]:
     return hull
 
 
-def _slope(a: tuple[int | None, int, float], b: tuple[int | None, int, float]) -> float:
+def _slope(a: _Point, b: _Point) -> float:
     return (b[2] - a[2]) / (b[1] - a[1])
-
-
-def _slopes(layer: Ranked) -> list[float]:
-    hull = _hull(layer)
-    return [_slope(a, b) for a, b in itertools.pairwise(hull)]
 
 
 def _filled(layers: Sequence[Ranked], ranks: list[int | None], left: int) -> list[int | None]:

@@ -21,7 +21,7 @@ from taskzip.randomness import seeded
 from taskzip.tasks import Task
 from taskzip.training import Retraining
 from taskzip.zipped import History, ZippedModel
-from taskzip.zipping import Member, Settings, compensated, observe, read_settings, settle
+from taskzip.zipping import Member, Settings, compensated, observe, settings_alone, settle
 
 log = logging.getLogger("taskzip")
 """Says at level INFO what became of each layer, and warns of those that stay whole."""
@@ -75,27 +75,7 @@ def prune(
     if not isinstance(task, Task):
         raise InputError(f"prune takes a taskzip.Task, got {type(task).__name__}.")
     check_kind(task.model, f"task {task.name!r}: ")
-    settings = read_settings(
-        [task.name],
-        share=0.0,
-        balance=None,
-        matching="optimal",
-        compensate=True,
-        adapt=None,
-        spread=None,
-        own_scale=None,
-        residual="coupled",
-        aligned=None,
-        cross=True,
-        connections="denser",
-        batch_norm="private",
-        layers=None,
-        damping=damping,
-        ridge=ridge,
-        max_rows=max_rows,
-        retrain=retrain,
-        seed=seed,
-    )
+    settings = settings_alone(damping=damping, ridge=ridge, max_rows=max_rows, retrain=retrain, seed=seed)
     if isinstance(settings.retraining.steps, Mapping):
         raise InputError("prune retrains once, at the end: give `retrain` a number of steps, not a dict by layer.")
     check_fractions(keep)

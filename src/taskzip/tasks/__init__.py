@@ -3,12 +3,13 @@
 from taskzip.tasks.batches import Kept
 from taskzip.tasks.calls import Call, as_call, by_task
 from taskzip.tasks.labels import are_probabilities, class_axis, is_cross_entropy, is_one_of, label_loss
-from taskzip.tasks.outputs import answers, is_logits, named_tensors, own_loss, tensors
+from taskzip.tasks.outputs import ROUNDING, answers, is_logits, named_tensors, own_loss, same_outputs, tensors
 from taskzip.tasks.running import counted_calls, evaluating, in_eval_mode, keeping_modes, run_batch, version
 from taskzip.tasks.suitability import Suitability, is_classes
 from taskzip.tasks.task import Batch, Task, call, device_of, has_numbers, input_tensors, samples_in
 
 __all__ = [
+    "ROUNDING",
     "Batch",
     "Call",
     "Kept",
@@ -35,6 +36,7 @@ __all__ = [
     "named_tensors",
     "own_loss",
     "run_batch",
+    "same_outputs",
     "samples_in",
     "tensors",
     "version",

@@ -6,7 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from taskzip.tasks.task import has_numbers
+
+ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3}
+"""By dtype, how far answers may be apart by rounding, relative to the largest; 5e-2 for all others."""
 
 _BESIDE = ("loss", "past_key_values", "hidden_states", "attentions")
 """How names end of what models of Hugging Face return beside their answers."""
@@ -66,3 +72,21 @@ def _parts(output: Any) -> list[tuple[Any, Any]]:
     if isinstance(output, (tuple, list)):
         return list(zip(getattr(output, "_fields", range(len(output))), output, strict=True))
     return [(key, part) for key, part in getattr(output, "__dict__", {}).items() if not key.startswith("_")]
+
+
+def same_outputs(wanted: Any, given: Any) -> bool:
+    """Whether two outputs hold the same tensors, to rounding."""
+    pairs = list(zip(tensors(wanted), tensors(given), strict=False))
+    return len(tensors(wanted)) == len(tensors(given)) and all(_close(a, b) for a, b in pairs)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    if not has_numbers(a):
+        return bool((a == b).all())
+    apart = a != b  # equal infinities are equal
+    if not apart.any():
+        return True
+    largest = a[a.isfinite()].abs().max() if a.isfinite().any() else a.new_zeros(()).abs()
+    return bool((a - b)[apart].abs().max() <= ROUNDING.get(a.abs().dtype, 5e-2) * largest)

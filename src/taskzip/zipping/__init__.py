@@ -3,7 +3,7 @@
 from taskzip.zipping.algorithm import zip_tasks
 from taskzip.zipping.correspondence import JointLayers, Layers, correspond
 from taskzip.zipping.members import Member
-from taskzip.zipping.settings import Settings, read_settings
+from taskzip.zipping.settings import Settings, settings_alone
 from taskzip.zipping.steps import compensated, observe, settle, survey
 
 __all__ = [
@@ -14,7 +14,7 @@ __all__ = [
     "compensated",
     "correspond",
     "observe",
-    "read_settings",
+    "settings_alone",
     "settle",
     "survey",
     "zip_tasks",

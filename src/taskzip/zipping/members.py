@@ -19,7 +19,18 @@ from taskzip.copying import copy_of, uncompiled
 from taskzip.errors import GraphError, InputError, TaskzipWarning
 from taskzip.graph import Layer, Structure, analyse
 from taskzip.observing import MEMORY, Answers, Forwards, MaxRows, Observer, Order, interleaved, misread
-from taskzip.tasks import Batch, Kept, Task, counted_calls, evaluating, has_numbers, run_batch, tensors
+from taskzip.tasks import (
+    ROUNDING,
+    Batch,
+    Kept,
+    Task,
+    counted_calls,
+    evaluating,
+    has_numbers,
+    run_batch,
+    same_outputs,
+    tensors,
+)
 from taskzip.zipped import Fold, fold, foldable, has_own_scale, installed, weights_of
 from taskzip.zipping.equalising import Sizes, equalise
 
@@ -39,8 +50,6 @@ _FEW = 8
 
 _TURNS = (2, 1)
 """So many samples of two batches show whether forwards can run by turns."""
-
-_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3}
 
 
 class Member:
@@ -92,8 +101,7 @@ class Member:
         self.known = Sizes.unknown()
 
     def _first_answers(self, batch: Batch) -> Any:
-        with evaluating(self.network):
-            answers = run_batch(self.task, self.network, batch, 0)
+        answers = self._answer(self.network, batch)
         if not tensors(answers):
             raise InputError(
                 f"task {self.task.name!r}: its output, a {type(answers).__name__}, holds no tensor: return "
@@ -173,9 +181,9 @@ class Member:
     def _check_steady(self, batch: Batch) -> None:
         """Whether the caller's network gives the same outputs when it runs twice."""
         network = copy_of(self.original)
-        with evaluating(network):
+        with evaluating(network):  # around both: buffers, too, are a state that may stay behind
             once, again = (run_batch(self.task, network, batch, 0) for _ in range(2))
-        if not _same(once, again):
+        if not same_outputs(once, again):
             raise InputError(
                 f"task {self.task.name!r}: the network gives other outputs when it runs twice on one batch in eval "
                 f"mode: it draws random numbers (dropout that is always on, sampling) or keeps a state. Make it "
@@ -221,31 +229,31 @@ class Member:
     ) -> bool:
         network = self._reordered(orders, spaces)
         self.structure.rescale(network, scales or {})
-        with evaluating(network):
-            given = run_batch(self.task, network, batch, 0)
-        return _same(answers, given)
+        return same_outputs(answers, self._answer(network, batch))
 
     def _can_wait(self) -> bool:
         """Whether forwards of the network that run by turns answer what they answer one after another."""
         whole = list(islice(self.task.batches(), 2))
         few = [_few(batch, samples) for batch, samples in zip(whole, _TURNS, strict=False)]
         try:
-            wanted = [self._answer(batch) for batch in few]
+            wanted = [self._answer(self.network, batch) for batch in few]
         except Exception:  # the network is made for batches of one size
-            few, wanted = whole, [self._answer(batch) for batch in whole]
+            few, wanted = whole, [self._answer(self.network, batch) for batch in whole]
         try:
             given = interleaved(self.task, self.network, self.dense, self.structure.layers, few)
         except Exception as error:  # one after another they run: what one needs the other has cleared
             log.debug("%s: by turns its forwards fail: %s", self.task.name, error)
             given = [None]
-        if None not in given and all(_same(a, b) for a, b in zip(wanted, given, strict=True)):
+        if all(each is not None for each in given) and all(
+            same_outputs(a, b) for a, b in zip(wanted, given, strict=True)
+        ):
             return True
         log.info("%s: its forwards cannot wait for each other, so that each layer takes a new one", self.task.name)
         return False
 
-    def _answer(self, batch: Batch) -> Any:
-        with evaluating(self.network):
-            return run_batch(self.task, self.network, batch, 0)
+    def _answer(self, network: nn.Module, batch: Batch) -> Any:
+        with evaluating(network):
+            return run_batch(self.task, network, batch, 0)
 
     def _misread(
         self,
@@ -256,9 +264,9 @@ class Member:
     ) -> dict[str, Order]:
         networks = (self.original, self._reordered(orders))
         try:
-            return misread(self.task, *networks, layers, rows, _few(batch, _FEW), _ROUNDING)
+            return misread(self.task, *networks, layers, rows, _few(batch, _FEW), ROUNDING)
         except InputError:  # the network is made for batches of one size
-            return misread(self.task, *networks, layers, rows, batch, _ROUNDING)
+            return misread(self.task, *networks, layers, rows, batch, ROUNDING)
 
     def _reordered(self, orders: Sequence[np.ndarray], spaces: Sequence[int] | None = None) -> nn.Module:
         """A copy with these spaces, or all of them, in another order."""
@@ -401,20 +409,3 @@ class Member:
 def _few(batch: Batch, samples: int) -> Batch:
     """The first samples of a batch."""
     return pytree.tree_map_only(Tensor, lambda t: t[:samples] if t.dim() else t, batch)
-
-
-def _same(wanted: Any, given: Any) -> bool:
-    pairs = list(zip(tensors(wanted), tensors(given), strict=False))
-    return len(tensors(wanted)) == len(tensors(given)) and all(_close(a, b) for a, b in pairs)
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape:
-        return False
-    if not has_numbers(a):
-        return bool((a == b).all())
-    apart = a != b  # equal infinities are equal
-    if not apart.any():
-        return True
-    largest = a[a.isfinite()].abs().max() if a.isfinite().any() else a.new_zeros(()).abs()
-    return bool((a - b)[apart].abs().max() <= _ROUNDING.get(a.abs().dtype, 5e-2) * largest)

@@ -123,6 +123,42 @@ def read_settings(
     )
 
 
+def settings_alone(
+    *,
+    max_rows: MaxRows,
+    seed: int,
+    damping: float = 1e-2,
+    ridge: float | None = None,
+    retrain: int | Retraining | None = None,
+) -> Settings:
+    """Those of one network by itself, which shares nothing and is compensated in full.
+
+    Raises:
+        InputError: an argument that cannot be used.
+    """
+    return read_settings(
+        [""],
+        share=0.0,
+        balance=None,
+        matching="optimal",
+        compensate=True,
+        adapt=None,
+        spread=None,
+        own_scale=None,
+        residual="coupled",
+        aligned=None,
+        cross=True,
+        connections="denser",
+        batch_norm="private",
+        layers=None,
+        damping=damping,
+        ridge=ridge,
+        max_rows=max_rows,
+        retrain=retrain,
+        seed=seed,
+    )
+
+
 def _plain(layers: object) -> object:
     """A correspondence as JSON knows it."""
     return {k: _plain(v) for k, v in layers.items()} if isinstance(layers, Mapping) else layers
